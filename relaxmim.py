@@ -84,32 +84,33 @@ class Config:
     precision: str = option("auto", "auto: bfloat16 if native", "auto", "float32", "bfloat16")
 
 
-def parse(cls, about, args, positional=None):
-    """The dataclass of options `cls` from a command line. positional: (name, help), any number."""
-    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
+def parse(cls, about, args):
+    """An instance of `cls` from a command line: a tuple is positional, every other field an option."""
+    how = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=about, formatter_class=how, allow_abbrev=False)
 
     def complain(message):
         raise UserError(message)
 
     parser.error = complain
-    if positional:
-        parser.add_argument(positional[0], help=positional[1], nargs="*")
     flags = {f.name: "--" + f.name.replace("_", "-") for f in fields(cls)}
     for f in fields(cls):
+        if f.type is tuple:
+            parser.add_argument(f.name, nargs="*", help=f.metadata["help"])
+            continue
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         note = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
         parser.add_argument(flags[f.name], default=f.default, help=note, **kind)
-    options = vars(parser.parse_args(args))
-    rest = options.pop(positional[0]) if positional else None
+    config = cls(**vars(parser.parse_args(args)))
     for f in fields(cls):
-        value, valid = options[f.name], f.metadata["valid"]
+        value, valid = getattr(config, f.name), f.metadata["valid"]
         if f.type is str and valid and value not in valid:
             near = difflib.get_close_matches(value, valid, 1)
             hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(valid)}"
             raise UserError(f"{flags[f.name]} {value}: {hint}")
         if f.type in (int, float) and not valid[0] <= value <= valid[1]:
             raise UserError(f"{flags[f.name]} {value}: must be from {valid[0]} to {valid[1]}")
-    return cls(**options), rest
+    return config
 
 
 # ------------------------------------------------------------------------------------- Data
@@ -683,19 +684,8 @@ def draw(model, images, mask, folder):
 
 # --------------------------------------------------------------------------------- Training
 
-FORMAT = 1  # of checkpoint.pt
-LOG_EVERY = 20  # steps
-FREE = {
-    "steps",
-    "out",
-    "resume",
-    "overwrite",
-    "save_every",
-    "workers",
-    "cache_gb",
-    "data_dir",
-    "device",
-}
+FORMAT, LOG_EVERY = 1, 20  # of checkpoint.pt; steps from one line of the log to the next
+FREE = {"steps", "out", "resume", "overwrite", "save_every", "workers", "cache_gb", "data_dir"}
 
 
 def learning_rate(step, config):
@@ -706,28 +696,19 @@ def learning_rate(step, config):
 
 
 def pick_device(config):
-    """The device asked for, or the best there is, and the precision to compute in."""
-    device, dtype = config.device, torch.float32
+    """The device asked for, or the best there is; and autocast to bfloat16 where it is native."""
+    device = config.device
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        device = "mps" if torch.mps.is_available() else device
+        device = "mps" if torch.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else device
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"--device {device}: not to be had here; auto takes what is") from None
     native = device == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
     native |= device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-    bfloat16 = native if config.precision == "auto" else config.precision == "bfloat16"
-    return device, torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bfloat16)
-
-
-def save_checkpoint(folder, **content):
-    """Written beside, flushed to the disk, then renamed: a crash leaves the old or the new one."""
-    with open(folder / "checkpoint.tmp", "wb") as file:
-        torch.save({"format": FORMAT, **content}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
+    low = native if config.precision == "auto" else config.precision == "bfloat16"
+    return device, torch.autocast(device.split(":")[0], torch.bfloat16, enabled=low)
 
 
 def load_checkpoint(path):
@@ -745,8 +726,17 @@ def load_checkpoint(path):
         raise UserError(f"{path}: not a checkpoint of this project ({reason})") from None
 
 
+def save_checkpoint(folder, content):
+    """Written beside, flushed to the disk, then renamed: a crash leaves the old or the new one."""
+    with open(folder / "checkpoint.tmp", "wb") as file:
+        torch.save({"format": FORMAT, **content}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
+
+
 def start_run(config):
-    """Make the folder config.out. Returns what to resume from, or None for a new run."""
+    """Make the folder config.out. Returns the checkpoint to resume from, or None for a new run."""
     folder, settings = Path(config.out), asdict(config)
     if config.resume:
         content = load_checkpoint(folder)
@@ -768,95 +758,52 @@ def start_run(config):
         raise UserError(f"--out {folder}: {error.strerror}") from None
 
 
-def catch_signals():
-    """A list that Ctrl-C and SIGTERM add to, once: a second one ends the program."""
-    caught = []
-
-    def note(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    signal.signal(signal.SIGINT, note), signal.signal(signal.SIGTERM, note)
-    return caught
+def decay_groups(named, weight_decay, scale=1.0):
+    """Parameter groups in which only what has two dimensions or more decays."""
+    matrices = {"params": [p for p in named if p.ndim > 1], "weight_decay": weight_decay}
+    vectors = {"params": [p for p in named if p.ndim < 2], "weight_decay": 0.0}
+    return [{**group, "scale": scale} for group in (matrices, vectors)]
 
 
-def decay_groups(model, weight_decay):
-    """Parameter groups: only what has two dimensions or more decays."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+def fit(config, parts, optimizer, resumed, data, device, forward, watch):
+    """The one loop: from the step that `resumed` had come to, or 0, to config.steps.
 
-
-def two_views(config, pixels):
-    """T1(x) and T2(x), (B, 3, H, W): one crop, of which the mask makes two; or two crops."""
-    size = (config.img_size, config.img_size)
-    view1 = random_crops(pixels, config.batch_size, size)
-    if config.transform == "mask":
-        return view1, view1
-    views, jitter = (
-        [view1, random_crops(pixels, config.batch_size, size)],
-        v2.ColorJitter(0.4, 0.4, 0.4, 0.1),
-    )
-    grey = v2.RandomGrayscale(0.2)
-    mean, std = MEAN.to(view1) / 255, STD.to(view1) / 255
-    return [
-        torch.stack([(grey(jitter(x)) - mean) / std for x in view * std + mean]) for view in views
-    ]
-
-
-def train(config):
-    """One pretraining run, from data to pictures."""
-    device, autocast = pick_device(config)
-    resumed, folder = start_run(config), Path(config.out)
-    data = open_data(config, "train", config.num_images)
-    (folder / "images.txt").write_text("".join(f"{name}\n" for name in data.names))
-    n, B = len(data), config.batch_size
-
-    set_seed(config.seed, 0)
-    model = RelaxMIM(config).to(device)
-    groups = decay_groups(model, config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
-    first, log = 0, folder / "log.jsonl"
+    parts: the modules by their names in checkpoint.pt. forward(index, pixels): the loss and a dict
+    of figures of one batch, tensors all; watch(): figures that cost more, for each fifth line of
+    the log. Nothing makes a GPU wait but the log. Returns the last line of the log.
+    """
+    first, folder, caught = 0, Path(config.out), []
+    log = folder / "log.jsonl"
     if resumed:
         first = resumed["step"]
-        for name, part in model.named_children():
+        for name, part in parts.items():
             part.load_state_dict(resumed[name])
         optimizer.load_state_dict(resumed["optimizer"])
         lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= first]
         log.write_text("".join(line + "\n" for line in lines))
-    if device.startswith("cuda"):
-        model.compile()
 
-    grid = model.encoder.grid
-    num_hidden = round(config.mask_ratio * math.prod(grid))
-    set_seed(config.seed, 1)  # the images and masks by which the claim is measured
-    _, pixels = next(data.batches([batch_index(0, 256, n, config.seed)], device, 0))
-    probe = random_crops(pixels, 256, (config.img_size, config.img_size))
-    probe_mask = MASKS[config.mask](256, grid, config.mask_ratio, device=device)
-    with autocast:
-        before = invariance(model.encoder, probe, probe_mask)
+    def stop(number, frame):  # a second Ctrl-C or SIGTERM ends the program at once
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    B, n, since, watched = config.batch_size, len(data), None, watch()
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
     print(
         f"{n} images, {config.steps} steps of {B}: {config.steps * B / n:.1f} epochs, on {device}"
     )
-
-    caught = catch_signals()
     order = (batch_index(step, B, n, config.seed) for step in range(first, config.steps))
-    batches = data.batches(order, device, config.workers)
-    bar, since, (same, different) = tqdm(batches, total=config.steps, initial=first), None, before
-    for step, (_, pixels) in enumerate(bar, first + 1):
-        set_seed(config.seed, step + 1)
-        view1, view2 = two_views(config, pixels)
-        mask = MASKS[config.mask](B, grid, config.mask_ratio, device=device)
-        with autocast:
-            loss, figures = model(view1, view2, mask, num_hidden)
+    bar = tqdm(data.batches(order, device, config.workers), total=config.steps, initial=first)
+    for step, (index, pixels) in enumerate(bar, first + 1):
+        set_seed(config.seed, step)  # all that is random in a step is a function of its number
+        loss, figures = forward(index, pixels)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
+        norm = nn.utils.clip_grad_norm_(weights, config.clip_grad)
+        rate = learning_rate(step - 1, config)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step - 1, config)
-        optimizer.found_inf = (~norm.isfinite()).float()  # if so, no weight moves; nor waits a GPU
+            group["lr"] = rate * group["scale"]
+        optimizer.found_inf = (~norm.isfinite()).float()  # then no weight moves
         optimizer.step()
         optimizer.zero_grad()
 
@@ -864,46 +811,83 @@ def train(config):
         if step % LOG_EVERY == 0 or last:
             if not (loss.isfinite() and norm.isfinite()):
                 raise UserError(
-                    "the loss is not finite; the last checkpoint is kept: try a lower --lr"
+                    f"step {step}: the loss is not finite; try a lower --lr. Saved: {log}"
                 )
             if step % (5 * LOG_EVERY) == 0 or last:
-                with autocast:
-                    same, different = invariance(model.encoder, probe, probe_mask)
-            speed = (
-                0.0 if since is None else B * (step - since[0]) / (time.perf_counter() - since[1])
-            )
-            since = step, time.perf_counter()
-            line = {"step": step, "loss": loss.item(), "lr": learning_rate(step - 1, config)}
-            line |= {"grad_norm": norm.item(), **{k: v.item() for k, v in figures.items()}}
-            line |= {"invariance": same, "different": different, "images_per_s": round(speed, 1)}
+                watched = watch()
+            now = time.perf_counter()
+            speed = 0.0 if since is None else B * (step - since[0]) / (now - since[1])
+            since = step, now
+            line = {"step": step, "loss": loss.item(), "lr": rate, "grad_norm": norm.item()}
+            line |= {name: value.item() for name, value in figures.items()}
+            line |= {**watched, "images_per_s": round(speed, 1)}
             with open(log, "a") as file:
                 file.write(json.dumps(line) + "\n")
-            bar.set_postfix_str(
-                f"loss {line['loss']:.3f} invariance {same:.2f} {speed:.0f} images/s"
-            )
+            shown = ", ".join(f"{k} {line[k]:.3f}" for k in ("loss", *watched))
+            bar.set_postfix_str(f"{shown}, {speed:.0f} images/s")
         if step % config.save_every == 0 or last:
-            parts = {name: part.state_dict() for name, part in model.named_children()}
-            state = {"config": asdict(config), "step": step, "optimizer": optimizer.state_dict()}
-            save_checkpoint(folder, **state, **parts)
-        if caught:
-            print(
-                f"\nstopped after step {step}; go on with: python {shlex.join(sys.argv)} --resume"
-            )
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"step": step, "optimizer": optimizer.state_dict()}
+            save_checkpoint(folder, {"config": asdict(config), **state})
+        if caught and step < config.steps:
+            bar.close()
+            print(f"stopped after step {step}; go on with: python {shlex.join(sys.argv)} --resume")
             raise SystemExit(128 + caught[0])
-    model.eval()
-    draw(model, probe, probe_mask, folder)
-    print(
-        f"loss {line['loss']:.3f}"
-        + (
-            f", log(candidates) {math.log(B):.2f}, accuracy {line['accuracy']:.2f}"
-            if "accuracy" in line
-            else ""
+    return line
+
+
+def train(config):
+    """One pretraining run, from data to pictures."""
+    device, autocast = pick_device(config)
+    resumed = start_run(config)
+    data = open_data(config, "train", config.num_images)
+    Path(config.out, "images.txt").write_text("".join(f"{name}\n" for name in data.names))
+    set_seed(config.seed, 2**32)
+    model = RelaxMIM(config).to(device)
+    groups = decay_groups(list(model.parameters()), config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+    if device.startswith("cuda"):
+        model.compile()
+    size, grid, ratio = (config.img_size, config.img_size), model.encoder.grid, config.mask_ratio
+    make_mask = MASKS[config.mask]
+
+    # 256 crops and masks, the same each time, by which the claim is measured
+    _, pixels = next(data.batches([batch_index(0, 256, len(data), config.seed)], device, 0))
+    probe = random_crops(pixels, 256, size)
+    probe_mask = make_mask(256, grid, ratio, device=device)
+
+    def watch():
+        with autocast:
+            same, different = invariance(model.encoder, probe, probe_mask)
+        return {"invariance": same, "different": different}
+
+    def forward(index, pixels):
+        view1 = view2 = random_crops(pixels, config.batch_size, size)
+        if config.transform == "crop":  # two crops, each with colours of its own, as in SimCLR
+            view2 = random_crops(pixels, config.batch_size, size)
+            mean, std = MEAN.to(device) / 255, STD.to(device) / 255
+            jitter = v2.Compose([v2.ColorJitter(0.4, 0.4, 0.4, 0.1), v2.RandomGrayscale(0.2)])
+            view1, view2 = (
+                torch.stack([(jitter(x) - mean) / std for x in view * std + mean])
+                for view in (view1, view2)
+            )
+        mask = make_mask(config.batch_size, grid, ratio, device=device)
+        with autocast:
+            return model(view1, view2, mask, round(ratio * mask.shape[1]))
+
+    before = watch()
+    line = fit(
+        config, dict(model.named_children()), optimizer, resumed, data, device, forward, watch
+    )
+    draw(model, probe, probe_mask, Path(config.out))
+    if "accuracy" in line:
+        B = config.batch_size
+        print(
+            f"accuracy {line['accuracy']:.3f}, chance {1 / B:.3f}; log(candidates) {math.log(B):.2f}"
         )
-    )
-    print(
-        f"invariance {before[0]:.3f} -> {same:.3f}, different images {before[1]:.3f} -> {different:.3f}"
-    )
-    print(f"written to {folder}")
+    for name, what in (("invariance", "an image and its masked self"), ("different", "two images")):
+        print(f"cosine of {what}: {before[name]:.3f} at the start, {line[name]:.3f} at the end")
+    print(f"loss {line['loss']:.3f}; written to {config.out}")
 
 
 def run(main):
@@ -911,31 +895,27 @@ def run(main):
     try:
         main(sys.argv[1:])
     except UserError as error:
-        message = str(error).split("UserError: ")[-1].strip()
+        message = str(error).split("UserError: ")[-1].strip()  # a worker's comes with its traceback
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
 def main(args):
-    config, _ = parse(Config, __doc__, args)
-    if config.transform == "crop" and config.loss != "infonce":
-        raise UserError(f"--loss {config.loss}: two crops are compared with --loss infonce")
+    config = parse(Config, __doc__, args)
+    N = (config.img_size // config.patch_size) ** 2
     if config.img_size % config.patch_size:
         raise UserError(
             f"--patch-size {config.patch_size}: must divide --img-size {config.img_size}"
         )
-    if config.batch_size < 2 and config.loss == "infonce":
-        raise UserError("--batch-size 1: infonce needs another image to tell from, so at least 2")
-    N = (config.img_size // config.patch_size) ** 2
     if not 0 < round(config.mask_ratio * N) < N:
-        raise UserError(
-            f"--mask-ratio {config.mask_ratio}: of {N} patches some must be hidden, not all"
-        )
-    if not config.out:
-        kind = "crop" if config.transform == "crop" else config.loss
-        config.out = f"runs/{kind}-{Path(config.data).stem}" + f"-{config.num_images}" * bool(
-            config.num_images
-        )
+        raise UserError(f"--mask-ratio {config.mask_ratio}: must hide some of {N} patches, not all")
+    if config.transform == "crop" and config.loss != "infonce":
+        raise UserError(f"--loss {config.loss}: two crops are compared by --loss infonce")
+    if config.batch_size < 2:
+        raise UserError("--batch-size 1: features are compared over a batch, of at least 2")
+    name = "crop" if config.transform == "crop" else config.loss
+    count = f"-{config.num_images}" if config.num_images else ""
+    config.out = config.out or f"runs/{name}-{Path(config.data).stem}{count}"
     train(config)
 
 

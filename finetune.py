@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: MIT
+"""Fine-tune what relaxmim.py has pretrained, probe it with a linear head, or train from scratch.
+
+    python finetune.py runs/infonce-synthetic-1              all weights, from a run or a checkpoint
+    python finetune.py                                       from scratch, by the same recipe: the baseline
+    python finetune.py runs/mae-cifar10 --linear-probe       a linear head on the frozen encoder
+    python finetune.py runs/mae-cifar10 --data cifar10 --num-labels 10000
+
+The accuracy on the test images is computed once, at the end; nothing is chosen by it. To choose
+settings, --validate holds out a tenth of the training images and reports on that instead.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.transforms import v2
+
+from relaxmim import (
+    SIZES,
+    UserError,
+    ViT,
+    crop,
+    decay_groups,
+    fit,
+    load_checkpoint,
+    open_data,
+    option,
+    parse,
+    pick_device,
+    random_crops,
+    run,
+    set_seed,
+    start_run,
+)
+
+
+@dataclass
+class Config:
+    """Every hyperparameter of fine-tuning; the values are our choice."""
+
+    checkpoint: tuple = option((), "a run's folder or its checkpoint.pt; none: from scratch")
+    data: str = option(
+        "synthetic", "synthetic, cifar10, cifar100, stl10, a folder of train/, test/"
+    )
+    num_labels: int = option(0, "labelled training images, taken at random; 0: all", 0, 10**9)
+    validate: bool = option(False, "report on a tenth held out from train, never on test")
+    linear_probe: bool = option(False, "train a linear head only, on the frozen encoder")
+    model: str = option("", "size; empty: the checkpoint's, or nano", "", *SIZES)
+    patch_size: int = option(0, "side of a patch; 0: the checkpoint's, or 4", 0, 1024)
+    img_size: int = option(0, "side of an image in pixels; 0: the checkpoint's, or 32", 0, 4096)
+    data_dir: str = option("data", "where torchvision's sets are kept")
+    cache_gb: float = option(4.0, "a folder larger than this is streamed, GiB", 0.0, 1e6)
+    workers: int = option(2, "processes that read files", 0, 256)
+    steps: int = option(1000, "optimizer steps", 1, 10**9)
+    batch_size: int = option(128, "images per step", 2, 10**6)
+    lr: float = option(1e-3, "peak learning rate, of the head", 1e-12, 10.0)
+    layer_decay: float = option(0.75, "rate of a block over the next one's; scratch: 1", 0.01, 1.0)
+    weight_decay: float = option(0.05, "decay of matrices", 0.0, 10.0)
+    warmup: float = option(0.1, "share of the steps in which the rate rises", 0.0, 1.0)
+    clip_grad: float = option(1.0, "largest gradient norm", 1e-6, 1e9)
+    drop_path: float = option(0.0, "chance to skip a branch, in the last block", 0.0, 0.99)
+    label_smoothing: float = option(0.1, "share of the target spread over all classes", 0.0, 0.99)
+    mixup: float = option(0.8, "alpha of MixUp; 0: off", 0.0, 100.0)
+    cutmix: float = option(1.0, "alpha of CutMix; 0: off", 0.0, 100.0)
+    smallest_crop: float = option(0.35, "smallest area of a training crop", 0.01, 1.0)
+    seed: int = option(0, "of all that is random", 0, 2**31)
+    out: str = option("", "folder of the run; empty: runs/finetune-CHECKPOINT")
+    resume: bool = option(False, "go on with the run in that folder")
+    overwrite: bool = option(False, "replace the run in that folder")
+    save_every: int = option(500, "steps between checkpoints", 1, 10**9)
+    device: str = option("auto", "auto, cpu, cuda or mps")
+    precision: str = option("auto", "auto: bfloat16 if native", "auto", "float32", "bfloat16")
+
+
+class Classifier(ViT):
+    """ViT, mean over the patch tokens, norm, linear head: timm's with global_pool="avg".
+
+    probe: the encoder keeps its own norm, and a batch norm without weights comes before the head.
+    Takes a mask as ViT does; the hidden patches are then missing from the mean too.
+    """
+
+    def __init__(self, *args, num_classes, probe=False, **kwargs):
+        super().__init__(*args, **kwargs)
+        dim = self.cls_token.shape[-1]
+        if probe:
+            self.fc_norm = nn.BatchNorm1d(dim, eps=1e-6, affine=False)
+        else:
+            self.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images, mask=None, num_hidden=None):
+        """(B, C, H, W) -> logits (B, num_classes)."""
+        return self.head(self.fc_norm(super().forward(images, mask, num_hidden)[:, 1:].mean(1)))
+
+
+def build(config, weights, num_classes):
+    """A Classifier of the size in config; weights: an encoder's or a classifier's state dict, or None.
+
+    Raises UserError that names what is missing or left over.
+    """
+    size = SIZES[config.model]
+    probe = config.linear_probe
+    options = {"num_classes": num_classes, "probe": probe, "drop_path": config.drop_path}
+    model = Classifier(config.img_size, config.patch_size, 3, *size, **options)
+    if weights is not None:
+        weights = {k: v for k, v in weights.items() if k != "pos_embed"}  # fixed, made for img_size
+        try:
+            missing, extra = model.load_state_dict(weights, strict=False)
+        except RuntimeError as error:
+            raise UserError(
+                f"{config.checkpoint[0]}: {str(error).splitlines()[1].strip()}"
+            ) from None
+        missing = [k for k in missing if not k.startswith(("head", "fc_norm", "pos_embed"))]
+        extra = [k for k in extra if not k.startswith("norm.")]  # replaced by fc_norm
+        if missing or extra:
+            raise UserError(f"{config.checkpoint[0]}: missing {missing}, left over {extra}")
+    return model
+
+
+def layer_groups(model, config, decay):
+    """Parameter groups: from the head down the rate falls by `decay` a block (BEiT, MAE)."""
+    depth, layers = len(model.blocks), {}
+    for name, parameter in model.named_parameters():
+        layer = 0 if name.startswith(("cls_token", "patch_embed")) else depth + 1
+        layer = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else layer
+        if parameter.requires_grad:
+            layers.setdefault(layer, []).append(parameter)
+    scaled = ((decay ** (depth + 1 - layer), found) for layer, found in layers.items())
+    return [g for scale, found in scaled for g in decay_groups(found, config.weight_decay, scale)]
+
+
+def whole(pixels, size):
+    """uint8 images as they are, resized and normalised: (B, 3, *size)."""
+    B, (H, W) = len(pixels), pixels.shape[2:]
+    sides = torch.tensor([0.0, 0.0, H, W], device=pixels.device)[:, None].expand(4, B)
+    return crop(pixels, sides, torch.zeros(B, dtype=torch.bool, device=pixels.device), size)
+
+
+@torch.no_grad()
+def accuracy(model, data, device, size, workers=0):
+    """Share of the images whose class the model names first."""
+    model.eval()
+    right, every = 0, torch.arange(len(data)).split(256)
+    for index, pixels in data.batches(every, device, workers):
+        guess = model(whole(pixels, size)).argmax(1).cpu()
+        right += (guess == data.labels[index]).sum().item()
+    return right / len(data)
+
+
+def train(config, source):
+    """One fine-tuning run, from data to the figure on test. source: a checkpoint's content, or None."""
+    started = time.time()
+    device, autocast = pick_device(config)
+    splits = ("fit", "val") if config.validate else ("train", "test")
+    data = open_data(config, splits[0], config.num_labels, labelled=True)
+    test = open_data(config, splits[1], labelled=True)
+    classes, size = len(data.classes), (config.img_size, config.img_size)
+    if classes < 2 or list(data.classes) != list(test.classes):
+        raise UserError(f"--data {config.data}: needs the same classes, two or more, in both parts")
+    resumed = start_run(config)
+    set_seed(config.seed, 2**32)
+    model = build(config, source and source["encoder"], classes).to(device)
+    decay = config.layer_decay if source else 1.0
+    if config.linear_probe:
+        frozen = {k: v.clone() for k, v in model.state_dict().items() if "head" not in k}
+        model.requires_grad_(False).head.requires_grad_(True)
+    optimizer = torch.optim.AdamW(layer_groups(model, config, decay), lr=config.lr, fused=True)
+    labels = data.labels.to(device)
+    mixes = [v2.MixUp(alpha=config.mixup, num_classes=classes)] if config.mixup else []
+    mixes += [v2.CutMix(alpha=config.cutmix, num_classes=classes)] if config.cutmix else []
+    mix = v2.RandomChoice(mixes) if mixes and not config.linear_probe else v2.Identity()
+    if device.startswith("cuda"):
+        model.compile()
+
+    def forward(index, pixels):
+        model.train()
+        images = random_crops(pixels, config.batch_size, size, config.smallest_crop)
+        images, target = mix(images, labels[index.to(device, non_blocking=True)])
+        with autocast:
+            logits = model(images).float()
+        return F.cross_entropy(logits, target, label_smoothing=config.label_smoothing), {}
+
+    parts = {"encoder": model}
+    fit(config, parts, optimizer, resumed, data, device, forward, dict)
+    if config.linear_probe:
+        moved = [
+            k
+            for k, v in frozen.items()
+            if "fc_norm" not in k and (model.state_dict()[k] != v).any()
+        ]
+        assert not moved, f"the frozen encoder moved: {moved}"
+    with autocast:
+        figure = accuracy(model, test, device, size, config.workers)
+    part = "validation" if config.validate else "test"
+    minutes = (time.time() - started) / 60
+    result = {f"{part}_accuracy": figure, "images": len(test), "minutes": round(minutes, 2)}
+    Path(config.out, "result.json").write_text(
+        json.dumps({**result, **asdict(config)}, indent=2) + "\n"
+    )
+    print(f"accuracy on the {len(test)} {part} images: {figure:.2%}; written to {config.out}")
+
+
+def main(args):
+    config = parse(Config, __doc__, args)
+    if len(config.checkpoint) > 1:
+        raise UserError(f"{' '.join(config.checkpoint)}: one checkpoint at a time")
+    source = load_checkpoint(config.checkpoint[0]) if config.checkpoint else None
+    if config.linear_probe and not source:
+        raise UserError("--linear-probe: needs a checkpoint, whose encoder it freezes")
+    known = source["config"] if source else {"model": "nano", "patch_size": 4, "img_size": 32}
+    for name in ("model", "patch_size", "img_size"):
+        setattr(config, name, getattr(config, name) or known[name])
+    if config.img_size % config.patch_size:
+        raise UserError(
+            f"--patch-size {config.patch_size}: must divide --img-size {config.img_size}"
+        )
+    path = Path(config.checkpoint[0]) if source else Path("scratch")
+    stem = (path.parent if path.suffix else path).name
+    kind = "probe" if config.linear_probe else "finetune"
+    config.out = config.out or f"runs/{kind}-{stem}-on-{Path(config.data).stem}"
+    train(config, source)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -159,8 +159,8 @@ def train(config, source):
     started = time.time()
     device, autocast = pick_device(config)
     splits = ("fit", "val") if config.validate else ("train", "test")
-    data = open_data(config, splits[0], config.num_labels, labelled=True)
-    test = open_data(config, splits[1], labelled=True)
+    data = open_data(config, splits[0], config.img_size, config.num_labels, labelled=True)
+    test = open_data(config, splits[1], config.img_size, labelled=True)
     classes, size = len(data.classes), (config.img_size, config.img_size)
     if classes < 2 or list(data.classes) != list(test.classes):
         raise UserError(f"--data {config.data}: needs the same classes, two or more, in both parts")

@@ -235,11 +235,11 @@ def list_images(name, split, labelled, data_dir):
     return sorted(files), None, [], None
 
 
-def open_data(config, split, count=0, labelled=False):
+def open_data(config, split, img_size, count=0, labelled=False):
     """The Images that config.data names. split: "train", "test", or "fit" and "val", which are nine
     tenths and one tenth of train. count: so many, by a seeded permutation; 0: all.
     """
-    part, H, W = "test" if split == "test" else "train", config.img_size, config.img_size
+    part, H, W = "test" if split == "test" else "train", img_size, img_size
     try:
         names, labels, classes, pixels = list_images(config.data, part, labelled, config.data_dir)
     except (OSError, RuntimeError) as error:
@@ -840,7 +840,7 @@ def train(config):
     """One pretraining run, from data to pictures."""
     device, autocast = pick_device(config)
     resumed = start_run(config)
-    data = open_data(config, "train", config.num_images)
+    data = open_data(config, "train", config.img_size, config.num_images)
     Path(config.out, "images.txt").write_text("".join(f"{name}\n" for name in data.names))
     set_seed(config.seed, 2**32)
     model = RelaxMIM(config).to(device)

@@ -496,7 +496,7 @@ class ViT(nn.Module):
         proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
         nn.init.xavier_uniform_(proj.weight.view(embed_dim, -1))
         self.patch_embed = nn.Sequential(OrderedDict(proj=proj))
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, r) for r in rates)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
 

@@ -1,0 +1,398 @@
+"""The parts of relaxmim.py, each against what it claims: a naive loop, torchvision, or an identity."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.transforms.v2 import functional as tv
+
+from finetune import Classifier
+from relaxmim import (
+    MASKS,
+    MEAN,
+    SIZES,
+    STD,
+    Config,
+    Decoder,
+    RelaxMIM,
+    ViT,
+    batch_index,
+    crop,
+    info_nce,
+    invariance,
+    learning_rate,
+    mae_loss,
+    patchify,
+    random_crops,
+    random_mask,
+    relax_loss,
+    set_seed,
+    sincos_positions,
+    split,
+    synthetic_images,
+    unpatchify,
+)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def small_vit(**kwargs):
+    return ViT((16, 24), 4, 3, 32, 2, 2, **kwargs).eval()
+
+
+# ------------------------------------------------------------------------ patches and masks
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_patchify_round_trip_and_layout(channels):
+    images = torch.randn(2, channels, 8, 12)
+    patches = patchify(images, 4)
+    assert patches.shape == (2, 6, 16 * channels)
+    assert torch.equal(unpatchify(patches, (2, 3), 4), images)
+    # the fifth patch is in row 1, column 1; within it rows, columns, channels
+    expected = images[0, :, 4:8, 4:8].permute(1, 2, 0).flatten()
+    assert torch.equal(patches[0, 4], expected)
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("grid", [(8, 8), (3, 5), (1, 7)])
+def test_every_row_hides_exactly_the_rounded_count(name, grid):
+    N = math.prod(grid)
+    for ratio in (0.0, 0.01, 0.25, 0.5, 0.6, 0.75, 0.9, 0.99, 1.0):
+        mask = MASKS[name](64, grid, ratio)
+        assert mask.dtype == torch.bool and mask.shape == (64, N)
+        assert (mask.sum(1) == round(ratio * N)).all()
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_differ_between_images_and_obey_their_generator(name):
+    def make(seed):
+        return MASKS[name](16, (8, 8), 0.5, torch.Generator().manual_seed(seed))
+
+    assert torch.equal(make(1), make(1)) and not torch.equal(make(1), make(2))
+    assert len(make(1).unique(dim=0)) > 1
+
+
+def test_a_block_is_one_piece_and_a_grid_is_even():
+    block = MASKS["block"](32, (8, 8), 0.25).view(32, 1, 8, 8).float()
+    neighbours = F.conv2d(block, torch.ones(1, 1, 3, 3), padding=1) * block
+    assert (neighbours[block > 0] >= 3).all()  # itself and two more: no patch stands alone
+    visible = ~MASKS["grid"](32, (8, 8), 0.75).view(32, 4, 2, 4, 2)
+    assert (visible.sum((2, 4)) == 1).all()  # one of each 2 x 2 patches
+
+
+def test_split_orders_the_indices_and_refuses_unequal_rows():
+    mask = random_mask(5, (4, 4), 0.5)
+    visible, hidden = split(mask)
+    for row, v, h in zip(mask, visible, hidden):
+        assert v.tolist() == [i for i in range(16) if not row[i]]
+        assert h.tolist() == [i for i in range(16) if row[i]]
+    mask[0] = True
+    with pytest.raises(ValueError, match="same number"):
+        split(mask)
+
+
+# ------------------------------------------------------------------------------------ model
+
+
+def test_hidden_pixels_cannot_reach_the_encoder():
+    encoder, images, mask = small_vit(), torch.randn(3, 3, 16, 24), random_mask(3, (4, 6), 0.5)
+    patches = patchify(images, 4)
+    others = torch.where(mask[..., None], torch.randn_like(patches) * 100, patches)
+    with torch.no_grad():
+        before, after = encoder(images, mask), encoder(unpatchify(others, (4, 6), 4), mask)
+        shown = torch.where(mask[..., None], patches, torch.randn_like(patches))
+        changed = encoder(unpatchify(shown, (4, 6), 4), mask)
+    assert before.shape == (3, 1 + 12, 32)
+    assert torch.equal(before, after)
+    assert not torch.allclose(before, changed)
+
+
+def test_nothing_hidden_is_the_same_as_no_mask():
+    encoder, images = small_vit(), torch.randn(2, 3, 16, 24)
+    nothing = torch.zeros(2, 24, dtype=torch.bool)
+    torch.testing.assert_close(encoder(images, nothing), encoder(images))
+
+
+def test_patch_embedding_is_the_convolution_whose_weights_it_has():
+    encoder, images = small_vit(), torch.randn(2, 3, 16, 24)
+    seen = []
+    encoder.blocks[0].register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0]))
+    encoder(images)
+    expected = encoder.patch_embed.proj(images).flatten(2).transpose(1, 2)
+    expected = expected + encoder.pos_embed[:, 1:]
+    torch.testing.assert_close(seen[0][:, 1:], expected)
+    torch.testing.assert_close(seen[0][:, 0], (encoder.cls_token[0]).expand(2, -1))
+
+
+def test_attention_is_scaled_dot_product_attention():
+    attention, x = small_vit().blocks[0].attn, torch.randn(2, 5, 32)
+    q, k, v = attention.qkv(x).view(2, 5, 3, 2, 16).permute(2, 0, 3, 1, 4)
+    expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 5, 32)
+    torch.testing.assert_close(attention(x), attention.proj(expected))
+
+
+def test_positions_are_mae_s_layout():
+    table = sincos_positions((2, 3), 8)[0]
+    assert table.shape == (7, 8) and (table[0] == 0).all()
+    for row in range(2):
+        for col in range(3):
+            angles = [col, col * 0.01], [row, row * 0.01]
+            expected = [f(a) for side in angles for f in (math.sin, math.cos) for a in side]
+            torch.testing.assert_close(table[1 + row * 3 + col], torch.tensor(expected))
+
+
+def test_names_and_shapes_are_timm_s():
+    depth, dim = 2, 32
+    expected = {"cls_token": (1, 1, dim), "pos_embed": (1, 25, dim)}
+    expected |= {"patch_embed.proj.weight": (dim, 3, 4, 4), "patch_embed.proj.bias": (dim,)}
+    shapes = {"qkv": (96, 32), "proj": (32, 32), "fc1": (128, 32), "fc2": (32, 128)}
+    for i in range(depth):
+        for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+            shape = shapes[name.split(".")[1]]
+            expected[f"blocks.{i}.{name}.weight"] = shape
+            expected[f"blocks.{i}.{name}.bias"] = shape[:1]
+        for name in ("norm1", "norm2"):
+            expected |= {f"blocks.{i}.{name}.{part}": (dim,) for part in ("weight", "bias")}
+    expected |= {"norm.weight": (dim,), "norm.bias": (dim,)}
+    assert {k: tuple(v.shape) for k, v in small_vit().state_dict().items()} == expected
+
+
+def test_weights_go_both_ways_to_timm():
+    timm = pytest.importorskip("timm")
+    options = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 3, "num_heads": 4}
+    theirs = timm.models.vision_transformer.VisionTransformer(**options, num_classes=0).eval()
+    ours, images = ViT(32, 4, 3, 64, 3, 4).eval(), torch.randn(2, 3, 32, 32)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    torch.testing.assert_close(theirs.forward_features(images), ours(images), atol=1e-5, rtol=1e-5)
+    options |= {"num_classes": 7, "global_pool": "avg"}
+    theirs = timm.models.vision_transformer.VisionTransformer(**options).eval()
+    ours = Classifier(32, 4, 3, 64, 3, 4, num_classes=7).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    torch.testing.assert_close(theirs(images), ours(images), atol=1e-5, rtol=1e-5)
+
+
+def test_the_classifier_s_encoder_is_the_encoder():
+    encoder = small_vit()
+    model = Classifier((16, 24), 4, 3, 32, 2, 2, num_classes=5).eval()
+    weights = {k: v for k, v in encoder.state_dict().items() if not k.startswith("norm.")}
+    missing, extra = model.load_state_dict(weights, strict=False)
+    assert extra == [] and all(k.startswith(("head", "fc_norm")) for k in missing)
+    images, mask = torch.randn(2, 3, 16, 24), random_mask(2, (4, 6), 0.5)
+    encoder.norm = torch.nn.Identity()
+    for m in (None, mask):
+        pooled = encoder(images, m)[:, 1:].mean(1)
+        torch.testing.assert_close(model(images, m), model.head(model.fc_norm(pooled)))
+
+
+def test_the_decoder_answers_for_hidden_positions_in_order():
+    decoder = Decoder((4, 4), 32, 32, 2, 2, 6).eval()
+    tokens, mask = torch.randn(2, 1 + 4, 32), random_mask(2, (4, 4), 0.75)
+    visible, hidden = split(mask)
+    # MAE's way: every token at its place, the class token first
+    x = decoder.decoder_embed(tokens)
+    full = decoder.mask_token.expand(2, 16, -1).clone()
+    for b in range(2):
+        full[b, visible[b]] = x[b, 1:]
+    x = torch.cat([x[:, :1], full], 1) + decoder.decoder_pos_embed
+    for block in decoder.decoder_blocks:
+        x = block(x)
+    x = decoder.decoder_pred(decoder.decoder_norm(x))[:, 1:]
+    expected = torch.stack([x[b, hidden[b]] for b in range(2)])
+    torch.testing.assert_close(decoder(tokens, mask), expected)
+
+
+# ----------------------------------------------------------------------------- similarities
+
+
+def test_mae_loss_against_a_loop_and_only_hidden_patches_get_a_gradient():
+    pred, x, mask = torch.randn(3, 16, 12), torch.randn(3, 16, 12), random_mask(3, (4, 4), 0.6)
+    pred.requires_grad_()
+    errors = [
+        sum((pred[b, n, p].item() - x[b, n, p].item()) ** 2 for p in range(12)) / 12
+        for b in range(3)
+        for n in range(16)
+        if mask[b, n]
+    ]
+    loss = mae_loss(pred, x, mask)
+    assert loss.item() == pytest.approx(sum(errors) / len(errors), rel=1e-5)
+    loss.backward()
+    assert (pred.grad[~mask] == 0).all() and (pred.grad[mask] != 0).all()
+    hidden = pred[mask].view(3, -1, 12), x[mask].view(3, -1, 12)
+    torch.testing.assert_close(mae_loss(*hidden), loss)
+
+
+def test_relax_loss_against_a_loop_and_equal_to_mae_with_a_perfect_second_decoder():
+    d1, d2, x = torch.randn(3, 2, 5, 4).unbind(0)
+    expected = 0.0
+    for b in range(2):
+        for n in range(5):
+            for p in range(4):
+                a, c, y = (t[b, n, p].item() for t in (d1, d2, x))
+                expected += ((a - c) ** 2 + 0.7 * (c - y) ** 2) / 40
+    assert relax_loss(d1, d2, x, 0.7).item() == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(relax_loss(d1, x, x, 3.0), mae_loss(d1, x))
+
+
+def test_info_nce_against_a_loop():
+    q, k, mask = torch.randn(2, 6, 8), torch.randn(2, 6, 8), torch.rand(2, 6) < 0.5
+    losses, right = [], []
+    for g in range(2):
+        for i in range(6):
+            cosines = [F.cosine_similarity(q[g, i], k[g, j], dim=0).item() for j in range(6)]
+            total = sum(math.exp(c / 0.3) for c in cosines)
+            if mask[g, i]:
+                losses.append(-math.log(math.exp(cosines[i] / 0.3) / total))
+                right.append(max(cosines) == cosines[i])
+    loss, accuracy = info_nce(q, k, 0.3, mask)
+    assert loss.item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert accuracy.item() == pytest.approx(sum(right) / len(right))
+
+
+@pytest.mark.parametrize("n", [2, 7, 128])
+def test_features_that_do_not_depend_on_the_image_give_log_n(n):
+    constant = torch.randn(1, 8).expand(n, 8)
+    assert info_nce(constant, constant, 0.1)[0].item() == pytest.approx(math.log(n), rel=1e-5)
+
+
+# --------------------------------------------------------------------------------- RelaxMIM
+
+
+def views_and_mask(B=16):
+    images, mask = torch.randn(B, 3, 32, 32), random_mask(B, (8, 8), 0.75)
+    return images, images, mask, 48
+
+
+@pytest.mark.parametrize("loss", ["mae", "relax", "infonce"])
+def test_every_weight_gets_a_gradient(loss):
+    model = RelaxMIM(Config(loss=loss))
+    model(*views_and_mask())[0].backward()
+    unused = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert unused == []
+
+
+def test_infonce_starts_near_log_of_the_candidates():
+    loss, figures = RelaxMIM(Config(loss="infonce"))(*views_and_mask(64))
+    assert abs(loss.item() - math.log(64)) < 0.25 and figures["accuracy"] < 0.2
+
+
+def test_norm_pix_changes_the_target_to_mean_0_and_variance_1():
+    # a decoder that says 0 has a loss of the target's second moment: (P - 1) / P for unit variance
+    model = RelaxMIM(Config(loss="mae"))
+    for parameter in model.decoder.decoder_pred.parameters():
+        parameter.data.zero_()
+    loss, _ = model(*views_and_mask())
+    assert loss.item() == pytest.approx(47 / 48, rel=1e-3)
+    model.config.norm_pix = False
+    images, _, mask, _ = views = views_and_mask()
+    hidden = patchify(images, 4)[mask]
+    torch.testing.assert_close(model(*views)[0], hidden.square().mean())
+
+
+def test_invariance_against_a_loop():
+    encoder = small_vit()
+    images, mask = torch.randn(5, 3, 16, 24), random_mask(5, (4, 6), 0.5)
+    with torch.no_grad():
+        a, b = encoder(images)[:, 1:].mean(1), encoder(images, mask)[:, 1:].mean(1)
+    centre = torch.cat([a, b]).mean(0)
+    cosines = [[F.cosine_similarity(x - centre, y - centre, dim=0) for y in b] for x in a]
+    same = sum(cosines[i][i].item() for i in range(5)) / 5
+    different = sum(cosines[i][j].item() for i in range(5) for j in range(5) if i != j) / 20
+    assert invariance(encoder, images, mask) == pytest.approx((same, different), abs=1e-5)
+    assert invariance(encoder, images, torch.zeros_like(mask))[0] == pytest.approx(1, abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize("size", [(8, 8), (16, 12), (40, 50)])
+def test_the_batched_crop_is_torchvision_s_one_by_one(size):
+    images = torch.randint(0, 256, (4, 3, 40, 50), dtype=torch.uint8)
+    boxes = torch.tensor([[3, 5, 20, 30], [0, 0, 40, 50], [10, 7, 9, 11], [39, 49, 1, 1]])
+    flips = torch.tensor([False, True, True, False])
+    ours = crop(images, boxes.float().T, flips, size)
+    one = crop(images[:1], boxes.float().T, flips, size)
+    for i, (box, flip) in enumerate(zip(boxes.tolist(), flips)):
+        for source, result in ((images[i], ours[i]), (images[0], one[i])):
+            expected = tv.resized_crop(source.float(), *box, list(size), antialias=True)
+            expected = tv.hflip(expected) if flip else expected
+            torch.testing.assert_close(result, (expected - MEAN) / STD, atol=1e-4, rtol=1e-4)
+
+
+def test_random_crops_stay_inside_and_vary():
+    ramp = torch.arange(60, dtype=torch.uint8).view(1, 1, 1, 60).expand(1, 3, 60, 60)
+    crops = random_crops(ramp, 400, (30, 30)) * STD + MEAN
+    assert crops.min() >= -1e-3 and crops.max() <= 59.001
+    spans = (crops[:, 0, 0, -1] - crops[:, 0, 0, 0]) * 30 / 29  # signed by the flip
+    share = (spans.abs() / 60) ** 2  # of the area, up to the aspect ratio
+    assert 0.4 < (spans > 0).float().mean() < 0.6
+    assert 0.1 < share.min() < 0.3 and 0.9 < share.max() <= 1.02 and 0.5 < share.mean() < 0.7
+
+
+def test_synthetic_images_depend_on_their_index_and_seed_alone():
+    images, labels = synthetic_images([5, 9, 700], (32, 32))
+    again, same = synthetic_images([700, 5], (32, 32))
+    assert torch.equal(images[[2, 0]], again) and torch.equal(labels[[2, 0]], same)
+    assert not torch.equal(images, synthetic_images([5, 9, 700], (32, 32), seed=1)[0])
+    assert synthetic_images([0], (24, 40))[0].shape == (1, 3, 24, 40)
+
+
+def test_an_epoch_takes_every_image_once():
+    for n, batch in ((10, 4), (3, 8), (1, 5)):
+        size = n * -(-batch // n)
+        steps = torch.cat([batch_index(step, batch, n, seed=0) for step in range(3 * size)])
+        for epoch in steps[: 3 * size].view(3, size):
+            assert torch.equal(epoch.bincount(minlength=n), torch.full((n,), size // n))
+    assert not torch.equal(batch_index(0, 50, 50, 0), batch_index(1, 50, 50, 0))
+    assert not torch.equal(batch_index(0, 50, 50, 0), batch_index(0, 50, 50, 1))
+
+
+# --------------------------------------------------------------------------------- training
+
+
+def test_learning_rate_rises_then_falls_to_0():
+    config = Config(steps=100, lr=2.0, warmup=0.1)
+    rates = [learning_rate(step, config) for step in range(101)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == pytest.approx(2.0)
+    assert rates[55] == pytest.approx(1.0) and rates[100] == pytest.approx(0.0)
+    assert all(a > b for a, b in zip(rates[10:], rates[11:]))
+
+
+def test_the_seed_of_a_step_does_not_depend_on_what_came_before():
+    set_seed(0, 3)
+    expected = torch.rand(4)
+    set_seed(0, 2)
+    torch.rand(100)
+    set_seed(0, 3)
+    assert torch.equal(torch.rand(4), expected)
+    set_seed(1, 3)
+    assert not torch.equal(torch.rand(4), expected)
+
+
+@pytest.mark.parametrize("loss", ["mae", "relax", "infonce", "crop"])
+def test_a_training_step_makes_no_tensor_on_the_wrong_device(loss):
+    """The forward pass of a step on "cuda", in fake tensors: needs no GPU, and names any mismatch."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    config = Config(loss="infonce", transform="crop") if loss == "crop" else Config(loss=loss)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("cuda"):
+            model = RelaxMIM(config)
+        pixels = torch.zeros(4, 3, 40, 40, dtype=torch.uint8, device="cuda")
+        images = random_crops(pixels, 4, (32, 32))
+        for make in MASKS.values():
+            mask = make(4, (8, 8), 0.75, device="cuda")
+            with torch.autocast("cuda", torch.bfloat16):
+                value, figures = model(images, images, mask, 48)
+            tensors = [images, mask, value, *figures.values()]
+            assert {str(t.device) for t in tensors} == {"cuda:0"}
+
+
+def test_sizes_are_the_field_s():
+    assert SIZES["tiny"] == (192, 12, 3) and SIZES["base"] == (768, 12, 12)
+    with pytest.raises(ValueError, match="do not divide"):
+        ViT(30, 4, 3, 32, 1, 2)

@@ -201,9 +201,8 @@ class Images(Dataset):
         """For each (B,) of `indices`: the indices and uint8 (B, 3, H, W), or (1, 3, H, W) if n = 1."""
         if self.pixels is None:
             lists, pin = (index.tolist() for index in indices), str(device).startswith("cuda")
-            loader = DataLoader(
-                self, None, batch_sampler=lists, num_workers=workers, pin_memory=pin
-            )
+            options = {"batch_sampler": lists, "num_workers": workers, "pin_memory": pin}
+            loader = DataLoader(self, **options)
             for index, pixels in loader:
                 yield index, pixels.to(device, non_blocking=True)
         else:
@@ -266,9 +265,9 @@ def open_data(config, split, img_size, count=0, labelled=False):
     for file in names[:64]:
         with suppress(Exception), Image.open(file) as image:  # what is damaged is named later
             sizes.add(image.size[::-1])
-    if len(sizes) != 1 or min(*sizes) > (finer * min(H, W), 0):
-        sizes = {(finer * H, finer * W)}
-    data = Images(names, None, labels, classes, sizes.pop())
+    size = sizes.pop() if len(sizes) == 1 else (math.inf, math.inf)
+    size = size if min(size) <= finer * min(H, W) else (finer * H, finer * W)
+    data = Images(names, None, labels, classes, size)
     if len(names) * 3 * math.prod(data.size) <= config.cache_gb * 2**30:
         every = torch.arange(len(names))
         read = data.batches(every.split(256), "cpu", config.workers if len(names) > 1000 else 0)
@@ -720,7 +719,7 @@ def load_checkpoint(path):
             raise ValueError(f"format {content['format']} is newer than this script's {FORMAT}")
         return content
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        raise UserError(f"{path}: no checkpoint can be read there ({error.strerror})") from None
     except Exception as error:  # whatever a damaged file makes torch raise
         reason = str(error).strip().split("\n")[0][:80]
         raise UserError(f"{path}: not a checkpoint of this project ({reason})") from None
@@ -736,7 +735,7 @@ def save_checkpoint(folder, content):
 
 
 def start_run(config):
-    """Make the folder config.out. Returns the checkpoint to resume from, or None for a new run."""
+    """See that a run can be had in config.out. Returns the checkpoint to resume from, or None."""
     folder, settings = Path(config.out), asdict(config)
     if config.resume:
         content = load_checkpoint(folder)
@@ -747,15 +746,11 @@ def start_run(config):
         if content["step"] >= config.steps:
             raise UserError(f"--steps {config.steps}: the run in {folder} has {content['step']}")
         return content
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()) and not config.overwrite:
-            raise UserError(f"--out {folder}: not empty; add --resume or --overwrite")
-        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        for name in ("log.jsonl", "checkpoint.pt"):
-            (folder / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {folder}: {error.strerror}") from None
+    if folder.is_dir() and any(folder.iterdir()) and not config.overwrite:
+        raise UserError(f"--out {folder}: not empty; add --resume or --overwrite, or name another")
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise UserError(f"--out {folder}: cannot be written in {above}")
 
 
 def decay_groups(named, weight_decay, scale=1.0):
@@ -774,6 +769,7 @@ def fit(config, parts, optimizer, resumed, data, device, forward, watch):
     """
     first, folder, caught = 0, Path(config.out), []
     log = folder / "log.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
     if resumed:
         first = resumed["step"]
         for name, part in parts.items():
@@ -781,6 +777,11 @@ def fit(config, parts, optimizer, resumed, data, device, forward, watch):
         optimizer.load_state_dict(resumed["optimizer"])
         lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= first]
         log.write_text("".join(line + "\n" for line in lines))
+    else:
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+        log.write_text("")
+    (folder / "images.txt").write_text("".join(f"{name}\n" for name in data.names))
 
     def stop(number, frame):  # a second Ctrl-C or SIGTERM ends the program at once
         caught.append(number)
@@ -808,7 +809,7 @@ def fit(config, parts, optimizer, resumed, data, device, forward, watch):
         optimizer.zero_grad()
 
         last = step == config.steps or bool(caught)
-        if step % LOG_EVERY == 0 or last:
+        if step == 1 or step % LOG_EVERY == 0 or last:
             if not (loss.isfinite() and norm.isfinite()):
                 raise UserError(
                     f"step {step}: the loss is not finite; try a lower --lr. Saved: {log}"
@@ -841,7 +842,6 @@ def train(config):
     device, autocast = pick_device(config)
     resumed = start_run(config)
     data = open_data(config, "train", config.img_size, config.num_images)
-    Path(config.out, "images.txt").write_text("".join(f"{name}\n" for name in data.names))
     set_seed(config.seed, 2**32)
     model = RelaxMIM(config).to(device)
     groups = decay_groups(list(model.parameters()), config.weight_decay)

@@ -1,0 +1,331 @@
+"""The three scripts as a user runs them: tiny, in a chain, with the files they leave behind."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import relaxmim
+from relaxmim import Config, UserError, open_data, train
+
+ROOT = Path(__file__).parents[1]
+
+
+def call(cwd, script, *args):
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=200)
+
+
+def succeed(cwd, script, *args):
+    done = call(cwd, script, *args)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A labelled folder of three classes, with what real folders hold: a stray and a damaged file."""
+    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for part, count in (("train", 12), ("test", 6)):
+        for label, name in enumerate(("a", "b", "ç d")):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)
+                pixels[..., label] //= 4
+                Image.fromarray(pixels).save(root / part / name / f"{i}.png")
+    (root / "train" / "a" / "notes.txt").write_text("not an image")
+    (root / "train" / "b" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing more")
+    return root
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """Pretrained by each loss, in subprocesses; fine-tuned, from scratch, and measured."""
+    cwd, tiny = tmp_path_factory.mktemp("chain"), ("--steps", 12, "--batch-size", 16)
+    out = {"infonce": succeed(cwd, "relaxmim.py", "--loss", "infonce", "--num-images", 1, *tiny)}
+    for loss in ("mae", "relax"):
+        out[loss] = succeed(cwd, "relaxmim.py", "--loss", loss, "--num-images", 20, *tiny)
+    tune = ("--steps", 4, "--batch-size", 16, "--num-labels", 40)
+    out["tuned"] = succeed(cwd, "finetune.py", "runs/infonce-synthetic-1", *tune)
+    out["scratch"] = succeed(cwd, "finetune.py", *tune, "--validate", "--out", "runs/scratch")
+    out["probe"] = succeed(
+        cwd, "finetune.py", "runs/mae-synthetic-20/checkpoint.pt", "--linear-probe", *tune
+    )
+    runs = [
+        "runs/finetune-infonce-synthetic-1-on-synthetic",
+        "runs/scratch",
+        "runs/probe-mae-synthetic-20-on-synthetic/checkpoint.pt",
+        "runs/mae-synthetic-20",
+    ]
+    measure = ("--num-images", 60, "--ratios", "0,0.5,0.9", "--mask-seeds", 2)
+    out["occlusion"] = succeed(cwd, "eval_occlusion.py", *runs, *measure)
+    return cwd, out
+
+
+def test_pretraining_leaves_its_files_and_prints_the_claim(chain):
+    cwd, out = chain
+    run = cwd / "runs" / "infonce-synthetic-1"
+    names = {"config.json", "log.jsonl", "checkpoint.pt", "images.txt", "features.png"}
+    assert {f.name for f in run.iterdir()} == names
+    for loss in ("mae", "relax"):
+        files = {f.name for f in (cwd / "runs" / f"{loss}-synthetic-20").iterdir()}
+        assert files == names | {"reconstruction.png"}
+    config = json.loads((run / "config.json").read_text())
+    assert config["loss"] == "infonce" and config["num_images"] == 1
+    line = read_log(run)[-1]
+    assert line["step"] == 12
+    expected = {"step", "loss", "lr", "grad_norm", "images_per_s", "feature_std", "invariance"}
+    assert expected <= set(line) and "accuracy" in line and line["feature_std"] > 0.01
+    assert len((run / "images.txt").read_text().splitlines()) == 1
+    for text in ("image and its masked self", "two images", "log(candidates) 2.77"):
+        assert text in out["infonce"]
+
+
+def test_checkpoints_open_without_pickle(chain):
+    run = chain[0] / "runs" / "mae-synthetic-20"
+    content = torch.load(run / "checkpoint.pt")
+    assert {"format", "config", "step", "encoder", "decoder", "optimizer"} <= set(content)
+    encoder = relaxmim.ViT(32, 4, 3, *relaxmim.SIZES["nano"])
+    encoder.load_state_dict(content["encoder"], strict=True)
+
+
+def test_fine_tuning_writes_its_result_with_every_setting(chain):
+    cwd, out = chain
+    run = cwd / "runs" / "finetune-infonce-synthetic-1-on-synthetic"
+    result = json.loads((run / "result.json").read_text())
+    assert 0 <= result["test_accuracy"] <= 1 and result["images"] == 1000
+    assert result["num_labels"] == 40 and result["layer_decay"] == 0.75 and result["seed"] == 0
+    assert f"{result['test_accuracy']:.2%}" in out["tuned"]
+    held = json.loads((cwd / "runs" / "scratch" / "result.json").read_text())
+    assert held["images"] == 500 and "test_accuracy" not in held
+    pretrained = torch.load(cwd / "runs" / "infonce-synthetic-1" / "checkpoint.pt")["encoder"]
+    tuned = torch.load(run / "checkpoint.pt")["encoder"]
+    name = "blocks.0.attn.qkv.weight"
+    moved = (tuned[name] - pretrained[name]).norm() / pretrained[name].norm()
+    assert 0 < moved < 0.1  # it started from the pretrained weights
+
+
+def test_a_linear_probe_leaves_the_encoder_alone(chain):
+    before = torch.load(chain[0] / "runs" / "mae-synthetic-20" / "checkpoint.pt")["encoder"]
+    run = chain[0] / "runs" / "probe-mae-synthetic-20-on-synthetic"
+    after = torch.load(run / "checkpoint.pt")["encoder"]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert after["head.weight"].abs().sum() > 0
+
+
+def test_occlusion_is_one_table_and_a_file(chain):
+    cwd, out = chain
+    result = json.loads((cwd / "runs" / "occlusion" / "occlusion.json").read_text())
+    assert set(result["accuracy"]) == {"random", "block", "centre"}
+    curves = result["accuracy"]["random"]
+    names = {"finetune-infonce-synthetic-1-on-synthetic", "scratch"}
+    assert set(curves) == names | {"probe-mae-synthetic-20-on-synthetic"}
+    scratch = curves["scratch"]
+    level = [value for value, _ in scratch["accuracy"]]
+    mean = (0.5 * (level[0] + level[1]) / 2 + 0.4 * (level[1] + level[2]) / 2) / 0.9
+    assert scratch["area"] == pytest.approx(mean)
+    assert scratch["kept"] == pytest.approx(mean / level[0])
+    features = result["features"]["block"]["mae-synthetic-20"]
+    assert len(features) == 3 and len(features[0]["cka"]) == 6
+    assert features[0]["cka"] == pytest.approx([1.0] * 6, abs=1e-3)
+    assert all(a > b for a, b in zip(features[1]["cosine"], features[2]["cosine"]))
+    assert (cwd / "runs" / "occlusion" / "occlusion.png").exists()
+    assert out["occlusion"].count("| scratch") == 3
+
+
+def test_occlusion_is_deterministic_and_fills_differ(chain):
+    cwd, _ = chain
+    results = []
+    for i, fill in enumerate(("mean", "mean", "swap")):
+        options = ("--num-images", 60, "--ratios", "0.5", "--shapes", "random", "--fill", fill)
+        succeed(cwd, "eval_occlusion.py", "runs/mae-synthetic-20", *options, "--out", f"o{i}")
+        content = json.loads((cwd / f"o{i}" / "occlusion.json").read_text())
+        results.append(content["features"]["random"]["mae-synthetic-20"])
+    assert results[0] == results[1] != results[2]
+
+
+@pytest.mark.parametrize("loss", ["mae", "relax", "infonce"])
+def test_training_lowers_the_loss_and_raises_invariance(loss, tmp_path, capsys):
+    config = Config(loss=loss, num_images=256, steps=60, batch_size=32, out=str(tmp_path / "run"))
+    train(config)
+    start = float(capsys.readouterr().out.split("masked self: ")[1].split()[0])
+    log = read_log(tmp_path / "run")
+    assert [line["step"] for line in log] == [1, 20, 40, 60]
+    assert log[-1]["loss"] < 0.95 * log[0]["loss"]
+    assert log[-1]["invariance"] > start + 0.01
+    assert log[-1]["invariance"] > log[-1]["different"] + 0.3
+    assert log[-1]["feature_std"] > 0.02
+
+
+def test_two_crops_are_conventional_contrastive_learning(tmp_path):
+    out = str(tmp_path / "run")
+    train(Config(transform="crop", num_images=64, steps=20, batch_size=32, out=out))
+    assert read_log(out)[-1]["loss"] < 3.4  # log(32) = 3.47
+
+
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch):
+    def config(name, **options):
+        return Config(
+            "relax", num_images=9, batch_size=4, steps=6, out=str(tmp_path / name), **options
+        )
+
+    train(config("whole"))
+    order = relaxmim.batch_index
+    with monkeypatch.context() as patch:
+
+        def dies(step, *args):
+            if step == 4:
+                raise KeyboardInterrupt
+            return order(step, *args)
+
+        patch.setattr(relaxmim, "batch_index", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train(config("broken", save_every=3))
+    assert torch.load(tmp_path / "broken" / "checkpoint.pt")["step"] == 3
+    train(config("broken", resume=True))
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "broken"))
+    for part in ("encoder", "decoder", "head"):
+        assert all(torch.equal(a[part][name], b[part][name]) for name in a[part])
+    for i, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(value, b["optimizer"]["state"][i][k]) for k, value in state.items())
+
+
+def test_n_images_are_chosen_by_the_seed_and_recorded(tmp_path):
+    chosen = {}
+    for seed in (0, 0, 1):
+        data = open_data(Config(seed=seed), "train", 32, count=7)
+        assert len(data) == len(set(data.names)) == 7 and data.pixels.shape == (7, 3, 32, 32)
+        assert chosen.setdefault(seed, data.names) == data.names
+    assert chosen[0] != chosen[1]
+    expected = relaxmim.synthetic_images(chosen[0], (32, 32))[0]
+    assert torch.equal(open_data(Config(), "train", 32, count=7).pixels, expected)
+
+
+def test_a_folder_is_read_or_streamed_to_the_same_pixels(photos, capfd):
+    kept = open_data(Config(data=str(photos)), "train", 16)
+    assert "broken.png" in capfd.readouterr().err
+    assert len(kept) == 36 and kept.pixels.shape == (36, 3, 32, 32)
+    streamed = open_data(Config(data=str(photos), cache_gb=0.0), "train", 16)
+    assert streamed.pixels is None and len(streamed) == 37
+    seen = {}
+    for index, pixels in streamed.batches(torch.arange(37).split(10), "cpu", 1):
+        seen |= {streamed.names[i]: p for i, p in zip(index, pixels)}
+    assert len(seen) == 36
+    assert all(torch.equal(seen[name], p) for name, p in zip(kept.names, kept.pixels))
+
+
+def test_labels_of_a_folder(photos):
+    for split, count in (("train", 36), ("test", 18), ("fit", 33), ("val", 3)):
+        data = open_data(Config(data=str(photos)), split, 16, labelled=True)
+        assert list(data.classes) == ["a", "b", "ç d"] and len(data) == len(data.labels) == count
+        for name, label in zip(data.names, data.labels):
+            assert Path(name).parent.name == data.classes[label]
+    fit, val = (open_data(Config(data=str(photos)), s, 16) for s in ("fit", "val"))
+    assert not set(fit.names) & set(val.names)
+
+
+def test_one_photograph_is_a_whole_training_set(photos, tmp_path):
+    photo = photos / "train" / "ç d" / "3.png"
+    out = str(tmp_path / "run")
+    train(Config(loss="mae", data=str(photo), steps=3, batch_size=8, img_size=16, out=out))
+    assert read_log(out)[-1]["step"] == 3
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1", "I;16"])
+def test_images_of_every_kind_are_taken_in(mode, tmp_path):
+    grey = np.linspace(0, 255, 24 * 32).reshape(24, 32)
+    if mode == "I;16":
+        image, path = Image.fromarray((grey * 257).astype(np.uint16)), tmp_path / "a.png"
+    else:
+        image = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+        image = image.convert(mode, palette=Image.Palette.ADAPTIVE)
+        path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    image.save(path)
+    pixels = relaxmim.read_image(path)
+    assert pixels.shape == (3, 24, 32) and pixels.dtype == torch.uint8
+    if mode != "1":
+        expected = torch.from_numpy(grey).float()
+        assert (pixels.float().mean(0) - expected).abs().mean() < 8
+
+
+def test_a_photograph_is_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
+    assert relaxmim.read_image(tmp_path / "a.jpg").shape == (3, 40, 20)
+
+
+MISTAKES = [
+    ("relaxmim.py --loss infonc", "--loss", "infonce"),
+    ("relaxmim.py --steps 0", "--steps", "1"),
+    ("relaxmim.py --steps x", "--steps", "x"),
+    ("relaxmim.py --lr -1", "--lr", "-1"),
+    ("relaxmim.py --mask-ratio nan", "--mask-ratio", "nan"),
+    ("relaxmim.py --mask-ratio 1", "--mask-ratio", "not all"),
+    ("relaxmim.py --mask-ratio 0.001", "--mask-ratio", "some"),
+    ("relaxmim.py --patch-size 5", "--patch-size 5", "32"),
+    ("relaxmim.py --num-images 5001", "5000", "synthetic"),
+    ("relaxmim.py --data nowhere", "--data nowhere", "synthetic"),
+    ("relaxmim.py --data sythetic", "--data sythetic", "synthetic"),
+    ("relaxmim.py --transform crop --loss mae", "--loss mae", "infonce"),
+    ("relaxmim.py --device tpu9", "--device tpu9", "auto"),
+    ("relaxmim.py --resume --out nothing", "nothing", "checkpoint"),
+    ("relaxmim.py --out /dev/null/a", "--out", "/dev/null/a"),
+    ("finetune.py nothing", "nothing", "checkpoint"),
+    ("finetune.py --linear-probe", "--linear-probe", "checkpoint"),
+    ("eval_occlusion.py", "checkpoints", "name"),
+    ("eval_occlusion.py nothing --ratios 0,2", "--ratios", "below 1"),
+    ("eval_occlusion.py nothing --shapes round", "--shapes round", "random"),
+]
+
+
+@pytest.mark.parametrize("command, what, remedy", MISTAKES)
+def test_a_mistake_gets_one_line(command, what, remedy, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    script, *args = command.split()
+    monkeypatch.setattr(sys, "argv", [script, *args])
+    module = __import__(script[:-3])
+    with pytest.raises(SystemExit) as stop:
+        relaxmim.run(module.main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert what in error and remedy in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_is_one_line_in_the_shell_too(tmp_path):
+    done = call(tmp_path, "relaxmim.py", "--mask", "blok")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "relaxmim.py: --mask blok: did you mean block?\n"
+
+
+def test_runs_are_not_overwritten_unasked(tmp_path):
+    config = Config(loss="mae", num_images=4, steps=1, batch_size=4, out=str(tmp_path))
+    train(config)
+    with pytest.raises(UserError, match="not empty"):
+        train(config)
+    with pytest.raises(UserError, match="--lr"):
+        train(Config("mae", num_images=4, batch_size=4, lr=1.0, out=str(tmp_path), resume=True))
+
+
+def test_a_checkpoint_that_would_run_code_does_not(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"format": 1, "config": {}, "encoder": Evil()}, tmp_path / "checkpoint.pt")
+    for content in (None, b"", b"garbage"):
+        if content is not None:
+            (tmp_path / "checkpoint.pt").write_bytes(content)
+        with pytest.raises(UserError, match="not a checkpoint"):
+            relaxmim.load_checkpoint(tmp_path)
+    assert not (tmp_path / "ran").exists()

@@ -25,8 +25,8 @@ from relaxmim import (
     MEAN,
     SIZES,
     STD,
-    UserError,
     ViT,
+    fail,
     hide,
     load_checkpoint,
     open_data,
@@ -109,7 +109,7 @@ def batches(config, data, img_size, device):
     """The test images, (B, 3, H, W), and their indices, in the order of all models."""
     every = torch.arange(len(data)).split(config.batch_size)
     for index, pixels in data.batches(every, device, config.workers):
-        yield index, whole(pixels, (img_size, img_size))
+        yield index, whole(pixels, img_size)
 
 
 def masks(config, shape, ratio, seed, index, grid, device):
@@ -232,17 +232,15 @@ def evaluate(config, ratios, shapes):
     names = [Path(p).parent.name if Path(p).suffix else Path(p).name for p in config.checkpoints]
     names = [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]
     has_head = [isinstance(model, Classifier) for model, _ in opened]
-    data = open_data(config, "test", first["img_size"], config.num_images, labelled=any(has_head))
+    data = open_data(config, "test", first["img_size"], config.num_images)
     for name, (model, _), head in zip(names, opened, has_head):
         if head and model.head.out_features != len(data.classes):
             count = model.head.out_features
-            raise UserError(
-                f"--data {config.data}: {len(data.classes)} classes; {name} has {count}"
-            )
+            fail(f"--data {config.data}: {len(data.classes)} classes; {name} has {count}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {folder}: {error.strerror}") from None
+        fail(f"--out {folder}: {error.strerror}")
 
     result = {"config": asdict(config), "ratios": ratios, "images": len(data)}
     result |= {"accuracy": {}, "features": {}}
@@ -292,17 +290,17 @@ def evaluate(config, ratios, shapes):
 def main(args):
     config = parse(Config, __doc__, args)
     if not config.checkpoints:
-        raise UserError("checkpoints: name one or more runs' folders or checkpoint files")
+        fail("checkpoints: name one or more runs' folders or checkpoint files")
     try:
         ratios = [float(part) for part in config.ratios.split(",")]
     except ValueError:
         ratios = [-1.0]
     if ratios != sorted(set(ratios)) or ratios[0] < 0 or ratios[-1] >= 1:
-        raise UserError(f"--ratios {config.ratios}: rising numbers from 0 to below 1, with commas")
+        fail(f"--ratios {config.ratios}: rising numbers from 0 to below 1, with commas")
     shapes = config.shapes.split(",")
     for shape in shapes:
         if shape not in SHAPES:
-            raise UserError(f"--shapes {shape}: choose from {', '.join(SHAPES)}, with commas")
+            fail(f"--shapes {shape}: choose from {', '.join(SHAPES)}, with commas")
     evaluate(config, ratios, shapes)
 
 

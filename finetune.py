@@ -22,12 +22,13 @@ from torchvision.transforms import v2
 
 from relaxmim import (
     SIZES,
-    UserError,
     ViT,
     crop,
     decay_groups,
+    fail,
     fit,
     load_checkpoint,
+    normalise,
     open_data,
     option,
     parse,
@@ -84,9 +85,11 @@ class Classifier(ViT):
     Takes a mask as ViT does; the hidden patches are then missing from the mean too.
     """
 
-    def __init__(self, *args, num_classes, probe=False, **kwargs):
-        super().__init__(*args, **kwargs)
-        dim = self.cls_token.shape[-1]
+    def __init__(self, *args, num_classes, probe=False, drop_path=0.0):
+        super().__init__(*args)
+        dim, depth = self.cls_token.shape[-1], len(self.blocks)
+        for i, block in enumerate(self.blocks):  # rising from 0 to drop_path
+            block.drop_path = drop_path * i / max(1, depth - 1)
         if probe:
             self.fc_norm = nn.BatchNorm1d(dim, eps=1e-6, affine=False)
         else:
@@ -114,13 +117,11 @@ def build(config, weights, num_classes):
         try:
             missing, extra = model.load_state_dict(weights, strict=False)
         except RuntimeError as error:
-            raise UserError(
-                f"{config.checkpoint[0]}: {str(error).splitlines()[1].strip()}"
-            ) from None
+            fail(f"{config.checkpoint[0]}: {str(error).splitlines()[1].strip()}")
         missing = [k for k in missing if not k.startswith(("head", "fc_norm", "pos_embed"))]
         extra = [k for k in extra if not k.startswith("norm.")]  # replaced by fc_norm
         if missing or extra:
-            raise UserError(f"{config.checkpoint[0]}: missing {missing}, left over {extra}")
+            fail(f"{config.checkpoint[0]}: missing {missing}, left over {extra}")
     return model
 
 
@@ -137,10 +138,10 @@ def layer_groups(model, config, decay):
 
 
 def whole(pixels, size):
-    """uint8 images as they are, resized and normalised: (B, 3, *size)."""
-    B, (H, W) = len(pixels), pixels.shape[2:]
-    sides = torch.tensor([0.0, 0.0, H, W], device=pixels.device)[:, None].expand(4, B)
-    return crop(pixels, sides, torch.zeros(B, dtype=torch.bool, device=pixels.device), size)
+    """uint8 images as they are, resized and normalised: (B, 3, size, size)."""
+    (H, W), B = pixels.shape[2:], len(pixels)
+    boxes = torch.tensor([[0.0, 0.0, W, H]], device=pixels.device).expand(B, -1)
+    return normalise(crop(pixels, boxes, size))
 
 
 @torch.no_grad()
@@ -159,11 +160,11 @@ def train(config, source):
     started = time.time()
     device, autocast = pick_device(config)
     splits = ("fit", "val") if config.validate else ("train", "test")
-    data = open_data(config, splits[0], config.img_size, config.num_labels, labelled=True)
-    test = open_data(config, splits[1], config.img_size, labelled=True)
-    classes, size = len(data.classes), (config.img_size, config.img_size)
+    data = open_data(config, splits[0], config.img_size, config.num_labels)
+    test = open_data(config, splits[1], config.img_size)
+    classes, size = len(data.classes), config.img_size
     if classes < 2 or list(data.classes) != list(test.classes):
-        raise UserError(f"--data {config.data}: needs the same classes, two or more, in both parts")
+        fail(f"--data {config.data}: needs the same classes, two or more, in both parts")
     resumed = start_run(config)
     set_seed(config.seed, 2**32)
     model = build(config, source and source["encoder"], classes).to(device)
@@ -182,7 +183,7 @@ def train(config, source):
     def forward(index, pixels):
         model.train()
         images = random_crops(pixels, config.batch_size, size, config.smallest_crop)
-        images, target = mix(images, labels[index.to(device, non_blocking=True)])
+        images, target = mix(normalise(images), labels[index.to(device, non_blocking=True)])
         with autocast:
             logits = model(images).float()
         return F.cross_entropy(logits, target, label_smoothing=config.label_smoothing), {}
@@ -210,17 +211,15 @@ def train(config, source):
 def main(args):
     config = parse(Config, __doc__, args)
     if len(config.checkpoint) > 1:
-        raise UserError(f"{' '.join(config.checkpoint)}: one checkpoint at a time")
+        fail(f"{' '.join(config.checkpoint)}: one checkpoint at a time")
     source = load_checkpoint(config.checkpoint[0]) if config.checkpoint else None
     if config.linear_probe and not source:
-        raise UserError("--linear-probe: needs a checkpoint, whose encoder it freezes")
+        fail("--linear-probe: needs a checkpoint, whose encoder it freezes")
     known = source["config"] if source else {"model": "nano", "patch_size": 4, "img_size": 32}
     for name in ("model", "patch_size", "img_size"):
         setattr(config, name, getattr(config, name) or known[name])
     if config.img_size % config.patch_size:
-        raise UserError(
-            f"--patch-size {config.patch_size}: must divide --img-size {config.img_size}"
-        )
+        fail(f"--patch-size {config.patch_size}: must divide --img-size {config.img_size}")
     path = Path(config.checkpoint[0]) if source else Path("scratch")
     stem = (path.parent if path.suffix else path).name
     kind = "probe" if config.linear_probe else "finetune"

@@ -1,5 +1,32 @@
 # SPDX-License-Identifier: MIT
-"""RelaxMIM"""
+"""RelaxMIM: masked image modeling is siamese learning of occlusion-invariant features.
+
+Siamese learning shows an encoder f two transformed views of an image and asks a measurement M that
+its features be alike. MAE looks different: it hides patches, and a decoder d paints them. It is the
+same thing. Write x for an image, M for its visible patches and 1-M for the hidden ones, x M for x
+with only the visible patches left:
+
+    (1) siamese   min M( f(T1(x)), f(T2(x)) )               T: what to become invariant to
+    (2) MAE       L = || ( d(f(x M)) - x ) (1-M) ||^2
+    (3) suppose a decoder d' can read the hidden patches back from their own features:
+                  d'(f(x (1-M))) (1-M) = x (1-M), approximately
+    (4) put into (2), with z1 = f(x M) and z2 = f(x (1-M)):
+                  L = || ( d(z1) - d'(z2) ) (1-M) ||^2       a measurement of how alike z1 and z2 are
+    (5) RelaxMIM  (4) + lambda || ( d'(z2) - x ) (1-M) ||^2  the second term is (3), as a penalty
+    (6) InfoNCE   -log( exp(q_i k_i / tau) / sum_j exp(q_i k_j / tau) )  in place of decoder and loss
+
+So T is the mask, the measurement is the decoder with its loss, and what is learned is to see through
+occlusion. The argument is that of Kong and Zhang (arXiv 2208.04164, CVPR 2023); every setting here
+is ours. This file is the whole method, and each piece of it stands alone: copy what you need.
+
+    python relaxmim.py --loss infonce --num-images 1      one image, embedded: TIME1
+    python relaxmim.py --loss mae --data cifar10          or a folder, or one photograph
+    python relaxmim.py --transform crop                   (1) with T = crop and colour, to compare
+    python relaxmim.py --loss mae --model base --patch-size 16 --img-size 224 --data DIR   for a GPU
+
+A run's folder holds its settings, log, checkpoint and pictures. See finetune.py and
+eval_occlusion.py for what the features are worth.
+"""
 
 import argparse
 import difflib
@@ -13,7 +40,6 @@ import time
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +49,7 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
-from torchvision.ops import stochastic_depth
+from torchvision.ops import roi_align, stochastic_depth
 from torchvision.transforms import v2
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
@@ -42,6 +68,10 @@ SIZES = {  # --model: width, depth, heads
 
 class UserError(Exception):
     """A mistake of the user's, in one line: the option, the value given and what would do."""
+
+
+def fail(message):
+    raise UserError(message)
 
 
 def option(default, help, *valid):
@@ -68,9 +98,9 @@ class Config:
     img_size: int = option(32, "side of a crop in pixels", 1, 4096)
     data_dir: str = option("data", "where torchvision's sets are kept")
     cache_gb: float = option(4.0, "a folder larger than this is streamed, GiB", 0.0, 1e6)
-    workers: int = option(2, "processes that read a streamed folder", 0, 256)
+    workers: int = option(2, "processes that read files", 0, 256)
     steps: int = option(500, "optimizer steps", 1, 10**9)
-    batch_size: int = option(128, "images per step", 1, 10**6)
+    batch_size: int = option(128, "images per step", 2, 10**6)
     lr: float = option(1e-3, "peak learning rate", 1e-12, 10.0)
     weight_decay: float = option(0.05, "decay of matrices", 0.0, 10.0)
     warmup: float = option(0.1, "share of the steps in which the rate rises", 0.0, 1.0)
@@ -88,28 +118,23 @@ def parse(cls, about, args):
     """An instance of `cls` from a command line: a tuple is positional, every other field an option."""
     how = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=about, formatter_class=how, allow_abbrev=False)
-
-    def complain(message):
-        raise UserError(message)
-
-    parser.error = complain
+    parser.error = fail
     flags = {f.name: "--" + f.name.replace("_", "-") for f in fields(cls)}
     for f in fields(cls):
+        note = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         if f.type is tuple:
             parser.add_argument(f.name, nargs="*", help=f.metadata["help"])
-            continue
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        note = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
-        parser.add_argument(flags[f.name], default=f.default, help=note, **kind)
+        else:
+            parser.add_argument(flags[f.name], default=f.default, help=note, **kind)
     config = cls(**vars(parser.parse_args(args)))
     for f in fields(cls):
         value, valid = getattr(config, f.name), f.metadata["valid"]
         if f.type is str and valid and value not in valid:
-            near = difflib.get_close_matches(value, valid, 1)
-            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(valid)}"
-            raise UserError(f"{flags[f.name]} {value}: {hint}")
+            near = difflib.get_close_matches(value, valid, 1) or [", ".join(valid)]
+            fail(f"{flags[f.name]} {value}: did you mean {near[0]}?")
         if f.type in (int, float) and not valid[0] <= value <= valid[1]:
-            raise UserError(f"{flags[f.name]} {value}: must be from {valid[0]} to {valid[1]}")
+            fail(f"{flags[f.name]} {value}: must be from {valid[0]} to {valid[1]}")
     return config
 
 
@@ -117,8 +142,7 @@ def parse(cls, about, args):
 
 MEAN = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)  # ImageNet's, of 0..255
 STD = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
-SYNTHETIC = {"train": range(5000), "test": range(10**6, 10**6 + 1000)}  # index of each image
-SHAPES = ["disc", "ring", "bar", "trefoil", "cross", "star"]  # the labels of synthetic images
+SHAPES = ["disc", "ring", "bar", "trefoil", "cross", "star"]  # labels of the synthetic images
 
 
 def set_seed(seed, stream):
@@ -127,37 +151,36 @@ def set_seed(seed, stream):
 
 
 def synthetic_images(index, size, seed=0, leaves=24):
-    """Dead leaves: textured ellipses of all sizes, one hiding the other, and one object among them.
+    """Dead leaves: textured ellipses of all sizes, one hiding the other, and an object among them.
 
-    Image i is a function of (seed, i) alone. Leaf radii follow r**-3, which gives the statistics of
-    natural images (Lee, Mumford and Huang, 2001). Returns uint8 (n, 3, *size) and labels (n,), the
-    place in SHAPES of the object's shape.
+    Image i is a function of (seed, i) alone. Leaf radii follow r**-3, as in natural images (Lee,
+    Mumford and Huang, 2001). Returns uint8 (n, 3, size, size) and labels (n,): places in SHAPES.
     """
-    u = np.stack([np.random.default_rng([seed, int(i)]).random((leaves + 3, 14)) for i in index])
-    u = torch.from_numpy(u).float()[..., None, None]  # (n, layers, 14, 1, 1) in 0..1
-    labels = (u[:, leaves, 0, 0, 0] * len(SHAPES)).long()
-    y, x = torch.linspace(-1, 1, size[0])[:, None], torch.linspace(-1, 1, size[1])
-    images = u[:, 0, 1:4].repeat(1, 1, *size)
+    u = np.stack([np.random.default_rng([seed, int(i)]).random((leaves + 3, 13)) for i in index])
+    u = torch.from_numpy(u).float()[..., None, None]  # (n, layers, 13, 1, 1) in 0..1
+    y, x = torch.linspace(-1, 1, size)[:, None], torch.linspace(-1, 1, size)
+    images, shape = u[:, 0, 10:].repeat(1, 1, size, size), (u[:, leaves, 0] * len(SHAPES)).long()
     for layer in range(leaves + 3):  # the object lies on the leaves, two more leaves on the object
-        a, b, c, d, e, *texture = u[:, layer, :10].unbind(1)  # each (n, 1, 1)
-        length, hole, edge = 1 + 2 * a, 0.0, 1.0
-        radius, top, left = 0.13 / (1 - 0.95 * b).sqrt(), 2.4 * c - 1.2, 2.4 * d - 1.2
+        a, b, c, d, e, *t = u[:, layer, :10].unbind(1)  # each (n, 1, 1)
+        length, radius, edge, hole = 1 + 2 * a, 0.13 / (1 - 0.95 * b).sqrt(), 1.0, 0.0
+        top, left, angle = 2.4 * c - 1.2, 2.4 * d - 1.2, 2 * math.pi * e
         if layer == leaves:
-            radius, top, left = 0.45 + 0.25 * b, 0.9 * c - 0.45, 0.9 * d - 0.45
-            shape = labels[:, None, None]
-            length, hole = 1.0 + 2.0 * (shape == 2), 0.6 * (shape == 1)
-        sin, cos = (2 * math.pi * e).sin(), (2 * math.pi * e).cos()
-        along = ((x - left) * cos + (y - top) * sin) / (radius * length.sqrt())
-        across = ((y - top) * cos - (x - left) * sin) / (radius / length.sqrt())
+            top, left, radius = top * 0.4, left * 0.4, 0.45 + 0.25 * b
+            length, hole = 1 + 2 * (shape == 2), 0.6 * (shape == 1)
+        along = ((x - left) * angle.cos() + (y - top) * angle.sin()) / (radius * length.sqrt())
+        across = ((y - top) * angle.cos() - (x - left) * angle.sin()) / (radius / length.sqrt())
         r = (along.square() + across.square()).sqrt()
         if layer == leaves:  # three, four or five petals
             edge = 1 - 0.4 * (shape > 2) * (1 - (shape * torch.atan2(across, along)).cos())
-        inside = torch.minimum(edge - r, r - hole) * radius * (min(size) / 2)  # in pixels
-        stripes = (along * texture[0] * 9 + across * texture[1] * 9 + texture[2] * 6).sin()
-        shade = 0.3 * texture[3] * stripes + 0.3 * (texture[4] - 0.5) * along
-        colour = u[:, layer, 10:13] * 0.8 + 0.1 + shade[:, None]
+        inside = torch.minimum(edge - r, r - hole) * radius * size / 2  # in pixels
+        stripes = (9 * along * t[0] + 9 * across * t[1] + 6 * t[2]).sin()
+        colour = (
+            u[:, layer, 10:] * 0.8
+            + 0.1
+            + (0.3 * t[3] * stripes + 0.3 * (t[4] - 0.5) * along)[:, None]
+        )
         images.lerp_(colour, (inside + 0.5).clamp(0, 1)[:, None])
-    return (images.clamp(0, 1) * 255).round().byte(), labels
+    return (images.clamp(0, 1) * 255).round().byte(), shape.flatten()
 
 
 def read_image(path, size=None):
@@ -177,11 +200,10 @@ def read_image(path, size=None):
 class Images(Dataset):
     """n images. pixels: uint8 (n, 3, H, W), or None if `names` are files to be read when needed.
 
-    As a data set, item i is (i, uint8 (3, *size)). A damaged file is named on stderr, and the next
-    one takes its place.
+    As a data set, item i is (i, uint8 (3, *size)); where file i is damaged the next takes its place.
     """
 
-    def __init__(self, names, pixels=None, labels=None, classes=(), size=None):
+    def __init__(self, names, pixels, labels, classes, size=None):
         self.names, self.pixels, self.labels = names, pixels, labels
         self.classes, self.size = classes, size
 
@@ -192,82 +214,74 @@ class Images(Dataset):
         for j in (k % len(self) for k in range(i, i + len(self))):
             try:
                 return j, read_image(self.names[j], self.size)
-            except Exception as error:  # decoders raise whatever they like
-                reason = str(error).splitlines()[0][:80]
-                print(f"skipped {self.names[j]}: {reason}", file=sys.stderr)
-        raise UserError("--data: no image in it can be decoded")
+            except Exception as error:  # noqa: BLE001 (decoders raise anything)
+                print(f"skipped {self.names[j]}: {str(error)[:80]}", file=sys.stderr)
+        fail("--data: none of its images can be decoded")
 
     def batches(self, indices, device, workers):
         """For each (B,) of `indices`: the indices and uint8 (B, 3, H, W), or (1, 3, H, W) if n = 1."""
-        if self.pixels is None:
-            lists, pin = (index.tolist() for index in indices), str(device).startswith("cuda")
-            options = {"batch_sampler": lists, "num_workers": workers, "pin_memory": pin}
-            loader = DataLoader(self, **options)
-            for index, pixels in loader:
-                yield index, pixels.to(device, non_blocking=True)
-        else:
+        if self.pixels is not None:
             pixels = self.pixels.to(device)
             for index in indices:
                 here = index.to(device, non_blocking=True)
                 yield index, pixels if len(self) == 1 else pixels[here]
+            return
+        lists, pin = (index.tolist() for index in indices), torch.cuda.is_available()
+        loader = DataLoader(self, batch_sampler=lists, num_workers=workers, pin_memory=pin)
+        for index, pixels in loader:
+            yield index, pixels.to(device, non_blocking=True)
 
 
-def list_images(name, split, labelled, data_dir):
-    """All there is: names, labels, classes, and pixels (n, 3, H, W) where the names are not files."""
-    if name == "synthetic":
-        return SYNTHETIC[split], None, SHAPES, None
-    if name == "stl10":
-        found = datasets.STL10(data_dir, split if labelled else "unlabeled", download=True)
-        return range(len(found)), found.labels, found.classes, torch.from_numpy(found.data)
-    if name in ("cifar10", "cifar100"):
-        found = getattr(datasets, name.upper())(data_dir, split == "train", download=True)
-        pixels = torch.from_numpy(found.data).permute(0, 3, 1, 2)
-        return range(len(found)), found.targets, found.classes, pixels
-    if Path(name).is_file() and not labelled:
-        return [name], None, [], None
-    roots = [Path(name, part) for part in (["train"] if split == "train" else ["test", "val"])]
-    root = next((root for root in roots if root.is_dir()), roots[0] if labelled else Path(name))
-    if labelled:
-        found = datasets.ImageFolder(root)  # root/CLASS/*
-        return *zip(*found.samples), found.classes, None
-    files = (str(f) for f in root.rglob("*") if f.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
-    return sorted(files), None, [], None
-
-
-def open_data(config, split, img_size, count=0, labelled=False):
+def open_data(config, split, img_size, count=0):
     """The Images that config.data names. split: "train", "test", or "fit" and "val", which are nine
     tenths and one tenth of train. count: so many, by a seeded permutation; 0: all.
     """
-    part, H, W = "test" if split == "test" else "train", img_size, img_size
+    name, train, pixels = config.data, split != "test", None
     try:
-        names, labels, classes, pixels = list_images(config.data, part, labelled, config.data_dir)
+        if name == "synthetic":
+            names, classes = range(5000) if train else range(10**6, 10**6 + 1000), SHAPES
+            labels = [0] * len(names)  # known once they are made
+        elif name in ("cifar10", "cifar100"):
+            found = getattr(datasets, name.upper())(config.data_dir, train, download=True)
+            names, labels, classes = range(len(found)), found.targets, found.classes
+            pixels = torch.from_numpy(found.data).permute(0, 3, 1, 2)
+        elif name == "stl10":  # train has 100,000 more without a label, -1
+            part = "train+unlabeled" if split == "train" else "train" if train else "test"
+            found = datasets.STL10(config.data_dir, part, download=True)
+            names, labels, classes = range(len(found)), found.labels, found.classes
+            pixels = torch.from_numpy(found.data)
+        else:  # a photograph, or a folder: of train/CLASS and test/CLASS, or of any depth
+            parts = (Path(name, part) for part in (["train"] if train else ["test", "val"]))
+            root = next((part for part in parts if part.is_dir()), Path(name))
+            files = [root] if root.is_file() else sorted(root.rglob("*"))
+            names = [str(f) for f in files if f.suffix.lower() in datasets.folder.IMG_EXTENSIONS]
+            labels = [Path(f).relative_to(root).parts[0] for f in names]
+            classes = sorted(set(labels))
+            labels = [classes.index(label) for label in labels]
     except (OSError, RuntimeError) as error:
-        raise UserError(f"--data {config.data}: {str(error).splitlines()[0]}") from None
+        fail(f"--data {name}: {str(error).splitlines()[0]}")
     keep = np.arange(len(names))
     if split in ("fit", "val"):
         keep, tenth = np.random.default_rng(0).permutation(keep), len(keep) // 10
         keep = keep[tenth:] if split == "fit" else keep[:tenth]
     if not len(keep) or count > len(keep):
-        choice = "synthetic, cifar10, cifar100, stl10, a folder or a photograph"
-        raise UserError(
-            f"--data {config.data}: {len(keep)} images found; give {choice} with enough"
-        )
-    keep = np.random.default_rng([config.seed, 1]).permutation(keep)[:count] if count else keep
-    names = [names[i] for i in keep]
-    labels = None if labels is None else torch.tensor([int(labels[i]) for i in keep])
-    if config.data == "synthetic":
-        return Images(names, *synthetic_images(names, (H, W)), classes)
+        known = "synthetic, cifar10, cifar100, stl10, a folder or a photograph"
+        fail(f"--data {name}: {len(keep)} images found, {count or 1} wanted; it takes {known}")
+    if count:
+        keep = np.random.default_rng([config.seed, 1]).permutation(keep)[:count]
+    names, labels = [names[i] for i in keep], torch.tensor([int(labels[i]) for i in keep])
+    if name == "synthetic":
+        return Images(names, *synthetic_images(names, img_size), classes)
     if pixels is not None:
         return Images(names, pixels[keep], labels, classes)
-    # Files are brought to one size: their own, if they have one and it is small, or a crop's twice.
+    # Files are brought to one size: their own if they share it and it is small, or a crop's twice.
     # From a lone photograph all crops come, so it is kept finer.
-    finer, sizes = 8 if len(names) == 1 else 2, set()
+    finest, sizes = img_size * (4 if len(names) == 1 else 2), set()
     for file in names[:64]:
         with suppress(Exception), Image.open(file) as image:  # what is damaged is named later
             sizes.add(image.size[::-1])
-    size = sizes.pop() if len(sizes) == 1 else (math.inf, math.inf)
-    size = size if min(size) <= finer * min(H, W) else (finer * H, finer * W)
-    data = Images(names, None, labels, classes, size)
+    own = sizes.pop() if len(sizes) == 1 else (finest + 1,)
+    data = Images(names, None, labels, classes, own if min(own) <= finest else (finest, finest))
     if len(names) * 3 * math.prod(data.size) <= config.cache_gb * 2**30:
         every = torch.arange(len(names))
         read = data.batches(every.split(256), "cpu", config.workers if len(names) > 1000 else 0)
@@ -275,71 +289,61 @@ def open_data(config, split, img_size, count=0, labelled=False):
         good = (index == every).nonzero()[:, 0]  # the rest are damaged, and others stand there
         if len(good) < len(every):
             print(f"{len(every) - len(good)} of {len(every)} files skipped", file=sys.stderr)
-        data.pixels, data.names = data.pixels[good], [names[i] for i in good]
-        data.labels = None if labels is None else labels[good]
+        data.pixels, data.names, data.labels = (
+            data.pixels[good],
+            [names[i] for i in good],
+            labels[good],
+        )
     return data
 
 
-@lru_cache(maxsize=4)
-def epoch_order(n, seed, epoch):
-    return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(n))
+def batch_indices(n, batch, seed, steps):
+    """For each of `steps` the images (B,) it takes: an epoch takes all n, in an order of its own."""
+    size, orders = n * -(-batch // n), {}  # a set smaller than a batch is repeated
+    for step in steps:
+        epochs = range(step * batch // size, ((step + 1) * batch - 1) // size + 1)
+        made = {
+            e: np.random.default_rng([seed, 2, e]).permutation(size)
+            for e in epochs
+            if e not in orders
+        }
+        orders = {e: {**orders, **made}[e] for e in epochs}
+        start = step * batch - epochs[0] * size
+        yield torch.from_numpy(np.concatenate(list(orders.values()))[start : start + batch] % n)
 
 
-def batch_index(step, batch, n, seed):
-    """Which images (B,) a step takes: each epoch takes all n once, in an order of its own."""
-    size = n * -(-batch // n)  # a set smaller than a batch is repeated
-    first, last = step * batch // size, ((step + 1) * batch - 1) // size
-    order = torch.cat([epoch_order(size, seed, epoch) for epoch in range(first, last + 1)])
-    return order[step * batch - first * size :][:batch] % n
+def normalise(images):
+    """0..255 to mean 0 and variance 1, by ImageNet's figures."""
+    return (images - MEAN.to(images.device, non_blocking=True)) / STD.to(
+        images.device, non_blocking=True
+    )
 
 
-def resize_matrix(start, length, source, target):
-    """Weights (B, target, source) that resample [start, start + length) of each row to `target`.
+def crop(images, boxes, size):
+    """Cut a box from each image and resize it, all in one call: float (B, 3, size, size) in 0..255.
 
-    Linear, and wider where it shrinks, so that nothing aliases: the filter of torchvision's resize
-    with antialias=True. start, length: (B,), in pixels of the source.
+    images: uint8 (B, 3, H, W), or (1, 3, H, W) to cut all from one. boxes: (B, 4), left, top, right
+    and bottom in pixels. Averages where it shrinks, so nothing aliases.
     """
-    scale = length[:, None] / target  # (B, 1)
-    centre = start[:, None] + (torch.arange(target, device=start.device) + 0.5) * scale
-    pixel = torch.arange(source, device=start.device) + 0.5  # (source,)
-    weight = 1 - (pixel - centre[..., None]).abs() / scale[..., None].clamp(min=1)
-    inside = (pixel > start[:, None]) & (pixel < (start + length)[:, None])  # (B, source)
-    weight = weight.clamp(min=0) * inside[:, None]
-    return weight / weight.sum(-1, keepdim=True).clamp(min=1e-6)
-
-
-def crop(images, box, flip, size):
-    """Cut a box from each image, resize and mirror it, in two matrix products, and normalise.
-
-    images: uint8 (B, 3, H, W), or (1, 3, H, W) to cut all from one. box: top, left, height, width,
-    each (B,), in pixels. flip: bool (B,). Returns float (B, 3, *size).
-    """
-    top, left, height, width = box
-    rows = resize_matrix(top, height, images.shape[2], size[0])  # (B, h, H)
-    cols = resize_matrix(left, width, images.shape[3], size[1])  # (B, w, W)
-    cols = torch.where(flip[:, None, None], cols.flip(1), cols)
-    x = images.float()
-    if len(images) == 1:  # one photograph is not copied B times
-        x = torch.einsum("bhy,cyx->bchx", rows, x[0])
-    else:
-        x = torch.einsum("bhy,bcyx->bchx", rows, x)
-    x = torch.einsum("bchx,bwx->bchw", x, cols)
-    return (x - MEAN.to(x.device, non_blocking=True)) / STD.to(x.device, non_blocking=True)
+    which = torch.arange(len(boxes), device=images.device) % len(images)
+    boxes = torch.cat([which[:, None], boxes], dim=1)
+    return roi_align(images.float(), boxes, size, aligned=True)
 
 
 def random_crops(images, batch, size, smallest=0.2):
-    """RandomResizedCrop and flip of uint8 images: float (batch, 3, *size).
+    """RandomResizedCrop and flip of uint8 images: float (batch, 3, size, size) in 0..255.
 
     The area is `smallest` to 1 of the image, or from where a crop has one pixel for each of its
     own, if that is less. The sides are in a ratio of 3/4 to 4/3.
     """
     (H, W), u = images.shape[2:], torch.rand(5, batch, device=images.device)
-    smallest = min(smallest, math.prod(size) / (H * W))
-    area = (smallest + (1 - smallest) * u[0]) * H * W
+    smallest = min(smallest, size * size / (H * W))
+    side = ((smallest + (1 - smallest) * u[0]) * H * W).sqrt()
     stretch = ((u[1] - 0.5) * math.log(4 / 3)).exp()  # the root of the ratio
-    height, width = (area.sqrt() / stretch).clamp(max=H), (area.sqrt() * stretch).clamp(max=W)
-    box = u[2] * (H - height), u[3] * (W - width), height, width
-    return crop(images, box, u[4] < 0.5, size)
+    width, height = (side * stretch).clamp(max=W), (side / stretch).clamp(max=H)
+    left, top = u[2] * (W - width), u[3] * (H - height)
+    crops = crop(images, torch.stack([left, top, left + width, top + height], dim=1), size)
+    return torch.where((u[4] < 0.5)[:, None, None, None], crops.flip(3), crops)
 
 
 # ------------------------------------------------------------------------------------ Masks
@@ -449,16 +453,16 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. drop_path: chance that a sample skips a branch in training."""
+    """Pre-norm transformer block."""
 
-    def __init__(self, dim, num_heads, mlp_ratio=4.0, drop_path=0.0):
+    def __init__(self, dim, num_heads, mlp_ratio=4.0):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         fc1, fc2 = nn.Linear(dim, int(dim * mlp_ratio)), nn.Linear(int(dim * mlp_ratio), dim)
         self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
-        self.drop_path = drop_path
+        self.drop_path = 0.0  # chance that a sample skips a branch in training
         for linear in (self.attn.qkv, self.attn.proj, fc1, fc2):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -474,17 +478,7 @@ class ViT(nn.Module):
     img_size: side in pixels, or (H, W). Raises ValueError where patch_size does not divide it.
     """
 
-    def __init__(
-        self,
-        img_size,
-        patch_size,
-        in_chans,
-        embed_dim,
-        depth,
-        num_heads,
-        mlp_ratio=4.0,
-        drop_path=0.0,
-    ):
+    def __init__(self, img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio=4.0):
         super().__init__()
         H, W = (img_size, img_size) if isinstance(img_size, int) else img_size
         if H % patch_size or W % patch_size:
@@ -495,8 +489,7 @@ class ViT(nn.Module):
         proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
         nn.init.xavier_uniform_(proj.weight.view(embed_dim, -1))
         self.patch_embed = nn.Sequential(OrderedDict(proj=proj))
-        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, r) for r in rates)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
 
     def forward(self, images, mask=None, num_hidden=None):
@@ -594,42 +587,37 @@ class RelaxMIM(nn.Module):
             self.head = nn.Linear(dim, out_dim)  # relax: d' of (3); infonce: from a token to its k
 
     def forward(self, view1, view2, mask, num_hidden):
-        """The loss, and a dict of figures to watch, for two views (B, C, H, W) and a mask (B, N)."""
+        """The loss, and a dict of figures to watch, of two views (B, C, H, W) and a mask (B, N)."""
         c = self.config
         if c.transform == "crop":  # conventional siamese learning: pooled features, nothing hidden
-            q, k = (self.head(self.encoder(x)[:, 1:].mean(1)) for x in (view1, view2))
+            q, k = (self.head(self.encoder(x)[:, 1:].mean(1)) for x in (view1, view2))  # (B, D)
             loss, accuracy = info_nce(q, k, c.temperature)
             return loss, {"accuracy": accuracy, "feature_std": spread(q)}
-        x = patchify(view1, c.patch_size)  # (B, N, P)
         _, hidden = split(mask, num_hidden)
         z1 = self.encoder(view1, mask, num_hidden)  # f(x M): (B, 1 + V, D)
-        d1 = self.decoder(z1, mask, num_hidden).float()  # d(z1): (B, H, P or d)
-        figures = {"feature_std": spread(z1.mean(1))}
-        if c.loss == "infonce":
+        d1 = self.decoder(z1, mask, num_hidden).float()  # d(z1): (B, H, P or D/2)
+        figures = {"feature_std": spread(z1[:, 1:].mean(1))}
+        if c.loss == "infonce":  # which of the image's hidden patches lies here?
             with torch.no_grad():
                 z2 = self.encoder(view2)  # f(x): (B, 1 + N, D)
-            k = self.head(z2[:, 1:]).float()  # (B, N, d)
-            q = torch.zeros_like(k).scatter(1, hidden[..., None].expand_as(d1), d1)  # (B, N, d)
-            # candidates are the same position of all images: where a patch lies tells nothing
-            q, k = q.transpose(0, 1), k.transpose(0, 1)  # (N, B, d)
-            loss, accuracy = info_nce(q, k, c.temperature, mask.T)
+            k = self.head(z2[:, 1:]).float()  # (B, N, D/2)
+            k = k - k.mean(0)  # what every image has at this place would give the place away
+            loss, accuracy = info_nce(d1, take(k, hidden), c.temperature)
             return loss, {**figures, "accuracy": accuracy}
-        x = take(x, hidden)  # x (1-M): (B, H, P)
+        x = take(patchify(view1, c.patch_size), hidden)  # x (1-M): (B, H, P)
         if c.norm_pix:
             x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()
         if c.loss == "mae":
             return mae_loss(d1, x), figures
         z2 = self.encoder(view2, ~mask, mask.shape[1] - num_hidden)  # f(x (1-M)): (B, 1 + H, D)
         d2 = self.head(z2[:, 1:]).float()  # d'(z2): (B, H, P)
-        return relax_loss(d1, d2, x, c.relax_weight), {
-            **figures,
-            "output_std": spread(d2.flatten(0, 1)),
-        }
+        figures["output_std"] = d2.detach().flatten(0, 1).std(0).mean()  # 0 where M collapsed
+        return relax_loss(d1, d2, x, c.relax_weight), figures
 
 
 def spread(features):
-    """How much the directions of features (B, D) differ: near 1 if they do, 0 where they collapsed."""
-    return F.normalize(features.detach().float(), dim=-1).std(0).norm()
+    """How far the directions of features (B, D) differ: 0 where they collapsed, 1 at the most."""
+    return F.normalize(features.detach().float(), dim=-1).std(0, correction=0).norm()
 
 
 @torch.no_grad()
@@ -648,43 +636,50 @@ def invariance(encoder, images, mask):
 
 @torch.no_grad()
 def draw(model, images, mask, folder):
-    """Write features.png and, where the model predicts pixels, reconstruction.png into `folder`.
+    """Write features.png and, where pixels are predicted, reconstruction.png, of 8 images in columns.
 
-    Rows of features.png: original, masked, and the patch features of the whole and of the masked
-    image: their first three principal components, each position centred, as colours. Rows of
-    reconstruction.png: original, masked, and predictions pasted into the visible patches. With
-    norm_pix these lack mean and variance: the nearest visible patch, never the hidden one, lends its.
+    features.png: original, masked, and the patch features of the whole and of the masked image, their
+    first three principal components as colours. reconstruction.png: original, masked, predictions
+    pasted in. With norm_pix they lack mean and variance: the nearest visible patch lends its own.
     """
-    p, grid, n = model.encoder.patch_size, model.encoder.grid, 8
-    visible, hidden = split(mask)
-    x = patchify(images * STD.to(images) / 255 + MEAN.to(images) / 255, p)  # (B, N, P) in 0..1
+    p, grid, (visible, hidden) = model.encoder.patch_size, model.encoder.grid, split(mask)
+    x = patchify((images * STD.to(images) + MEAN.to(images)) / 255, p)  # (B, N, P) in 0..1
+    shown = x.masked_fill(mask[..., None], 0.5)
     whole, masked = (model.encoder(images, m).float()[:, 1:] for m in (None, mask))
-    centre = whole.mean(0, keepdim=True)  # (1, N, D)
+    centre = whole.mean(0, keepdim=True)  # of each position: (1, N, D)
     axes = torch.linalg.svd((whole - centre).flatten(0, 1), full_matrices=False)[2][:3].T
     a, b = (whole - centre) @ axes, (masked - take(centre, visible)) @ axes  # (B, N or V, 3)
-    low, high = a.flatten(0, 1).quantile(torch.tensor([0.02, 0.98]).to(a), dim=0)
-    b = torch.full_like(a, math.nan).scatter(1, visible[..., None].expand_as(b), b)
-    a, b = (((c - low) / (high - low)).nan_to_num(0.5).repeat(1, 1, p * p) for c in (a, b))
-    shown = x.masked_fill(mask[..., None], 0.5)
-    pictures = {"features.png": [x, shown, a, b]}
+    b = torch.zeros_like(a).scatter(1, visible[..., None].expand_as(b), b)
+    scale = 4 * a.flatten(0, 1).std(0)
+    pictures = {"features": [x, shown, *((c / scale + 0.5).repeat(1, 1, p * p) for c in (a, b))]}
     if model.config.loss != "infonce":
         d = model.decoder(model.encoder(images, mask), mask).float()  # (B, H, P)
         if model.config.norm_pix:
-            place = places(grid, x.device).float()
-            away = torch.cdist(place, place)[hidden].masked_fill(mask[:, None], math.inf)
-            lender = take(x, away.argmin(-1))  # (B, H, P)
+            at = places(grid, x.device).float()
+            away = torch.cdist(at, at)[hidden].masked_fill(mask[:, None], math.inf)  # (B, H, N)
+            lender = take(x, away.argmin(-1))
             d = d * lender.std(-1, keepdim=True) + lender.mean(-1, keepdim=True)
-        pictures["reconstruction.png"] = [x, shown, x.scatter(1, hidden[..., None].expand_as(d), d)]
+        pictures["reconstruction"] = [x, shown, x.scatter(1, hidden[..., None].expand_as(d), d)]
     for name, rows in pictures.items():
-        rows = unpatchify(torch.cat([row[:n] for row in rows]).clamp(0, 1), grid, p)
+        rows = unpatchify(torch.cat([row[:8] for row in rows]).clamp(0, 1), grid, p)
         rows = F.interpolate(rows, scale_factor=max(1, 96 // rows.shape[-1]))  # larger, not blurred
-        save_image(make_grid(rows, nrow=n, padding=4), folder / name)
+        save_image(make_grid(rows, nrow=8, padding=4), folder / f"{name}.png")
 
 
 # --------------------------------------------------------------------------------- Training
 
 FORMAT, LOG_EVERY = 1, 20  # of checkpoint.pt; steps from one line of the log to the next
-FREE = {"steps", "out", "resume", "overwrite", "save_every", "workers", "cache_gb", "data_dir"}
+FREE = {
+    "steps",
+    "out",
+    "resume",
+    "overwrite",
+    "save_every",
+    "workers",
+    "cache_gb",
+    "data_dir",
+    "device",
+}
 
 
 def learning_rate(step, config):
@@ -695,15 +690,13 @@ def learning_rate(step, config):
 
 
 def pick_device(config):
-    """The device asked for, or the best there is; and autocast to bfloat16 where it is native."""
-    device = config.device
-    if device == "auto":
-        device = "mps" if torch.mps.is_available() else "cpu"
-        device = "cuda" if torch.cuda.is_available() else device
+    """The device asked for, or the best there is; and autocast to bfloat16 where that is native."""
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
+    device = device if config.device == "auto" else config.device
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"--device {device}: not to be had here; auto takes what is") from None
+        fail(f"--device {device}: not to be had here; auto takes what is")
     native = device == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
     native |= device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
     low = native if config.precision == "auto" else config.precision == "bfloat16"
@@ -716,13 +709,11 @@ def load_checkpoint(path):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content["format"] > FORMAT:
-            raise ValueError(f"format {content['format']} is newer than this script's {FORMAT}")
+            fail(f"format {content['format']} is newer than this script's {FORMAT}")
         return content
-    except OSError as error:
-        raise UserError(f"{path}: no checkpoint can be read there ({error.strerror})") from None
-    except Exception as error:  # whatever a damaged file makes torch raise
+    except Exception as error:  # noqa: BLE001 (damaged files make torch raise anything)
         reason = str(error).strip().split("\n")[0][:80]
-        raise UserError(f"{path}: not a checkpoint of this project ({reason})") from None
+        fail(f"{path}: not a checkpoint of this project ({reason})")
 
 
 def save_checkpoint(folder, content):
@@ -741,16 +732,15 @@ def start_run(config):
         content = load_checkpoint(folder)
         for name, value in content["config"].items():
             if name not in FREE and settings.get(name) != value:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"{flag} {settings.get(name)}: the run in {folder} has {value}")
+                fail(f"--{name.replace('_', '-')} {settings.get(name)}: the run has {value}")
         if content["step"] >= config.steps:
-            raise UserError(f"--steps {config.steps}: the run in {folder} has {content['step']}")
+            fail(f"--steps {config.steps}: the run in {folder} has {content['step']} already")
         return content
     if folder.is_dir() and any(folder.iterdir()) and not config.overwrite:
-        raise UserError(f"--out {folder}: not empty; add --resume or --overwrite, or name another")
+        fail(f"--out {folder}: not empty; add --resume or --overwrite, or name another")
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise UserError(f"--out {folder}: cannot be written in {above}")
+        fail(f"--out {folder}: cannot be written in {above}")
 
 
 def decay_groups(named, weight_decay, scale=1.0):
@@ -794,7 +784,7 @@ def fit(config, parts, optimizer, resumed, data, device, forward, watch):
     print(
         f"{n} images, {config.steps} steps of {B}: {config.steps * B / n:.1f} epochs, on {device}"
     )
-    order = (batch_index(step, B, n, config.seed) for step in range(first, config.steps))
+    order = batch_indices(n, B, config.seed, range(first, config.steps))
     bar = tqdm(data.batches(order, device, config.workers), total=config.steps, initial=first)
     for step, (index, pixels) in enumerate(bar, first + 1):
         set_seed(config.seed, step)  # all that is random in a step is a function of its number
@@ -811,9 +801,7 @@ def fit(config, parts, optimizer, resumed, data, device, forward, watch):
         last = step == config.steps or bool(caught)
         if step == 1 or step % LOG_EVERY == 0 or last:
             if not (loss.isfinite() and norm.isfinite()):
-                raise UserError(
-                    f"step {step}: the loss is not finite; try a lower --lr. Saved: {log}"
-                )
+                fail(f"step {step}: the loss is not finite, and no weight moved; try a lower --lr")
             if step % (5 * LOG_EVERY) == 0 or last:
                 watched = watch()
             now = time.perf_counter()
@@ -848,13 +836,18 @@ def train(config):
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
     if device.startswith("cuda"):
         model.compile()
-    size, grid, ratio = (config.img_size, config.img_size), model.encoder.grid, config.mask_ratio
-    make_mask = MASKS[config.mask]
+    size, B, ratio, make_mask = (
+        config.img_size,
+        config.batch_size,
+        config.mask_ratio,
+        MASKS[config.mask],
+    )
 
     # 256 crops and masks, the same each time, by which the claim is measured
-    _, pixels = next(data.batches([batch_index(0, 256, len(data), config.seed)], device, 0))
-    probe = random_crops(pixels, 256, size)
-    probe_mask = make_mask(256, grid, ratio, device=device)
+    set_seed(config.seed, 2**32 + 1)
+    index = next(batch_indices(len(data), 256, config.seed, [0]))
+    probe = normalise(random_crops(next(data.batches([index], device, 0))[1], 256, size))
+    probe_mask = make_mask(256, model.encoder.grid, ratio, device=device)
 
     def watch():
         with autocast:
@@ -862,29 +855,22 @@ def train(config):
         return {"invariance": same, "different": different}
 
     def forward(index, pixels):
-        view1 = view2 = random_crops(pixels, config.batch_size, size)
+        view1 = view2 = random_crops(pixels, B, size)
         if config.transform == "crop":  # two crops, each with colours of its own, as in SimCLR
-            view2 = random_crops(pixels, config.batch_size, size)
-            mean, std = MEAN.to(device) / 255, STD.to(device) / 255
             jitter = v2.Compose([v2.ColorJitter(0.4, 0.4, 0.4, 0.1), v2.RandomGrayscale(0.2)])
-            view1, view2 = (
-                torch.stack([(jitter(x) - mean) / std for x in view * std + mean])
-                for view in (view1, view2)
-            )
-        mask = make_mask(config.batch_size, grid, ratio, device=device)
+            views = view1, random_crops(pixels, B, size)
+            view1, view2 = (torch.stack([jitter(x / 255) * 255 for x in view]) for view in views)
+        mask = make_mask(B, model.encoder.grid, ratio, device=device)
         with autocast:
-            return model(view1, view2, mask, round(ratio * mask.shape[1]))
+            return model(normalise(view1), normalise(view2), mask, round(ratio * mask.shape[1]))
 
-    before = watch()
-    line = fit(
-        config, dict(model.named_children()), optimizer, resumed, data, device, forward, watch
-    )
+    before, parts = watch(), dict(model.named_children())
+    line = fit(config, parts, optimizer, resumed, data, device, forward, watch)
     draw(model, probe, probe_mask, Path(config.out))
-    if "accuracy" in line:
-        B = config.batch_size
-        print(
-            f"accuracy {line['accuracy']:.3f}, chance {1 / B:.3f}; log(candidates) {math.log(B):.2f}"
-        )
+    if config.loss == "infonce":
+        rivals = B if config.transform == "crop" else round(ratio * probe_mask.shape[1])
+        log = f"log(candidates) {math.log(rivals):.2f}"
+        print(f"{log}, accuracy {line['accuracy']:.3f} where chance is {1 / rivals:.3f}")
     for name, what in (("invariance", "an image and its masked self"), ("different", "two images")):
         print(f"cosine of {what}: {before[name]:.3f} at the start, {line[name]:.3f} at the end")
     print(f"loss {line['loss']:.3f}; written to {config.out}")
@@ -904,15 +890,11 @@ def main(args):
     config = parse(Config, __doc__, args)
     N = (config.img_size // config.patch_size) ** 2
     if config.img_size % config.patch_size:
-        raise UserError(
-            f"--patch-size {config.patch_size}: must divide --img-size {config.img_size}"
-        )
+        fail(f"--patch-size {config.patch_size}: must divide --img-size {config.img_size}")
     if not 0 < round(config.mask_ratio * N) < N:
-        raise UserError(f"--mask-ratio {config.mask_ratio}: must hide some of {N} patches, not all")
+        fail(f"--mask-ratio {config.mask_ratio}: must hide some of {N} patches, not all")
     if config.transform == "crop" and config.loss != "infonce":
-        raise UserError(f"--loss {config.loss}: two crops are compared by --loss infonce")
-    if config.batch_size < 2:
-        raise UserError("--batch-size 1: features are compared over a batch, of at least 2")
+        fail(f"--loss {config.loss}: two crops are compared by --loss infonce")
     name = "crop" if config.transform == "crop" else config.loss
     count = f"-{config.num_images}" if config.num_images else ""
     config.out = config.out or f"runs/{name}-{Path(config.data).stem}{count}"

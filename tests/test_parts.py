@@ -276,8 +276,8 @@ def test_every_weight_gets_a_gradient(loss):
 
 
 def test_infonce_starts_near_log_of_the_candidates():
-    loss, figures = RelaxMIM(Config(loss="infonce"))(*views_and_mask(64))
-    assert abs(loss.item() - math.log(64)) < 0.25 and figures["accuracy"] < 0.2
+    loss, figures = RelaxMIM(Config(loss="infonce"))(*views_and_mask(64))  # of 48 hidden patches
+    assert math.log(48) - 0.1 < loss.item() < math.log(48) + 0.4 and figures["accuracy"] < 0.2
 
 
 def test_norm_pix_changes_the_target_to_mean_0_and_variance_1():

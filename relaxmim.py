@@ -632,9 +632,9 @@ def invariance(encoder, images, mask):
     """
     a, b = (encoder(images, m)[:, 1:].float().mean(1) for m in (None, mask))  # (B, D)
     centre = torch.cat([a, b]).mean(0)
-    cosine = F.normalize(a - centre, dim=1) @ F.normalize(b - centre, dim=1).T  # (B, B)
-    same, B = cosine.diagonal().sum(), len(cosine)
-    return (same / B).item(), ((cosine.sum() - same) / (B * B - B)).item()
+    a, b = F.normalize(a - centre, dim=1), F.normalize(b - centre, dim=1)
+    same, every, B = (a * b).sum(), (a.sum(0) * b.sum(0)).sum(), len(a)
+    return (same / B).item(), ((every - same) / (B * B - B)).item()
 
 
 @torch.no_grad()

@@ -89,7 +89,7 @@ class Config:
     mask_ratio: float = option(0.75, "share of the patches that is hidden", 0.0, 1.0)
     norm_pix: bool = option(True, "mae, relax: target patches of mean 0 and variance 1")
     relax_weight: float = option(1.0, "relax: lambda, the weight of the constraint", 0.0, 1e6)
-    temperature: float = option(0.1, "infonce: tau", 1e-3, 100.0)
+    temperature: float = option(0.2, "infonce: tau", 1e-3, 100.0)
     model: str = option("nano", "size of the encoder", *SIZES)
     patch_size: int = option(4, "side of a patch in pixels", 1, 1024)
     decoder_depth: int = option(1, "blocks of the decoder", 1, 64)
@@ -579,7 +579,7 @@ class RelaxMIM(nn.Module):
         self.config = config
         dim, depth, heads = SIZES[config.model]
         self.encoder = ViT(config.img_size, config.patch_size, 3, dim, depth, heads)
-        out_dim = dim if config.loss == "infonce" else 3 * config.patch_size**2
+        out_dim = dim // 2 if config.loss == "infonce" else 3 * config.patch_size**2
         if config.transform == "crop":  # a projection head, as in SimCLR
             self.head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
             return
@@ -596,25 +596,24 @@ class RelaxMIM(nn.Module):
             return loss, {"accuracy": accuracy, "feature_std": spread(q)}
         _, hidden = split(mask, num_hidden)
         z1 = self.encoder(view1, mask, num_hidden)  # f(x M): (B, 1 + V, D)
-        d1 = self.decoder(z1, mask, num_hidden).float()  # d(z1): (B, H, P), or q: (B, H, D)
+        d1 = self.decoder(z1, mask, num_hidden).float()  # d(z1): (B, H, P), or q: (B, H, D/2)
         figures = {"feature_std": spread(z1[:, 1:].mean(1))}
         x = take(patchify(view1, c.patch_size), hidden)  # x (1-M): (B, H, P)
         if c.norm_pix:
             x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()
         if c.loss == "mae":
             return mae_loss(d1, x), figures
-        with torch.set_grad_enabled(c.loss == "relax"):  # InfoNCE's negatives do what (3) does here
-            z2 = self.encoder(view2, ~mask, mask.shape[1] - num_hidden)  # f(x (1-M)): (B, 1 + H, D)
-        d2 = self.head(z2[:, 1:]).float()  # d'(z2): (B, H, P), or k: (B, H, D)
         if c.loss == "relax":
+            z2 = self.encoder(view2, ~mask, mask.shape[1] - num_hidden)  # f(x (1-M)): (B, 1 + H, D)
+            d2 = self.head(z2[:, 1:]).float()  # d'(z2): (B, H, P)
             figures["output_std"] = d2.detach().flatten(0, 1).std(0).mean()  # 0: M has collapsed
             return relax_loss(d1, d2, x, c.relax_weight), figures
-        # Which of the image's hidden patches lies here? What all images have at a place would give
-        # it away, so the mean over the batch is taken out, place by place.
-        total = d2.new_zeros(len(d2), mask.shape[1], d2.shape[2])
-        total = total.scatter(1, hidden[..., None].expand_as(d2), d2)  # (B, N, D)
-        mean = total.sum(0) / mask.sum(0).clamp(min=1)[:, None]  # (N, D)
-        loss, accuracy = info_nce(d1, d2 - mean[hidden], c.temperature)
+        with torch.no_grad():
+            z2 = self.encoder(view2)  # f(x), nothing hidden: (B, 1 + N, D)
+        k = self.head(z2[:, 1:]).float()  # (B, N, D/2)
+        k = k - k.mean(0)  # what all images have at a place would give the place away
+        # Which of the image's hidden patches lies here? q_i = d1_i; the candidates are all of them.
+        loss, accuracy = info_nce(d1, take(k, hidden), c.temperature)
         return loss, {**figures, "accuracy": accuracy}
 
 

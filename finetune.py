@@ -220,6 +220,11 @@ def main(args):
         setattr(config, name, getattr(config, name) or known[name])
     if config.img_size % config.patch_size:
         fail(f"--patch-size {config.patch_size}: must divide --img-size {config.img_size}")
+    folder = Path(config.data)
+    if folder.exists() and not all(
+        any((folder / part).is_dir() for part in parts) for parts in (["train"], ["test", "val"])
+    ):
+        fail(f"--data {folder}: takes a folder of train/CLASS/ and test/CLASS/ or val/CLASS/")
     path = Path(config.checkpoint[0]) if source else Path("scratch")
     stem = (path.parent if path.suffix else path).name
     kind = "probe" if config.linear_probe else "finetune"

@@ -174,11 +174,8 @@ def synthetic_images(index, size, seed=0, leaves=24):
             edge = 1 - 0.4 * (shape > 2) * (1 - (shape * torch.atan2(across, along)).cos())
         inside = torch.minimum(edge - r, r - hole) * radius * size / 2  # in pixels
         stripes = (9 * along * t[0] + 9 * across * t[1] + 6 * t[2]).sin()
-        colour = (
-            u[:, layer, 10:] * 0.8
-            + 0.1
-            + (0.3 * t[3] * stripes + 0.3 * (t[4] - 0.5) * along)[:, None]
-        )
+        shade = 0.1 + 0.3 * t[3] * stripes + 0.3 * (t[4] - 0.5) * along
+        colour = u[:, layer, 10:] * 0.8 + shade[:, None]
         images.lerp_(colour, (inside + 0.5).clamp(0, 1)[:, None])
     return (images.clamp(0, 1) * 255).round().byte(), shape.flatten()
 
@@ -289,11 +286,8 @@ def open_data(config, split, img_size, count=0):
         good = (index == every).nonzero()[:, 0]  # the rest are damaged, and others stand there
         if len(good) < len(every):
             print(f"{len(every) - len(good)} of {len(every)} files skipped", file=sys.stderr)
-        data.pixels, data.names, data.labels = (
-            data.pixels[good],
-            [names[i] for i in good],
-            labels[good],
-        )
+        data.names, data.labels = [names[i] for i in good], labels[good]
+        data.pixels = data.pixels[good]
     return data
 
 
@@ -301,22 +295,18 @@ def batch_indices(n, batch, seed, steps):
     """For each of `steps` the images (B,) it takes: an epoch takes all n, in an order of its own."""
     size, orders = n * -(-batch // n), {}  # a set smaller than a batch is repeated
     for step in steps:
-        epochs = range(step * batch // size, ((step + 1) * batch - 1) // size + 1)
-        made = {
-            e: np.random.default_rng([seed, 2, e]).permutation(size)
-            for e in epochs
-            if e not in orders
-        }
-        orders = {e: {**orders, **made}[e] for e in epochs}
-        start = step * batch - epochs[0] * size
+        first, last = step * batch // size, ((step + 1) * batch - 1) // size
+        for epoch in {first, last} - orders.keys():
+            orders[epoch] = np.random.default_rng([seed, 2, epoch]).permutation(size)
+        orders = {epoch: orders[epoch] for epoch in (first, last)}
+        start = step * batch - first * size
         yield torch.from_numpy(np.concatenate(list(orders.values()))[start : start + batch] % n)
 
 
 def normalise(images):
     """0..255 to mean 0 and variance 1, by ImageNet's figures."""
-    return (images - MEAN.to(images.device, non_blocking=True)) / STD.to(
-        images.device, non_blocking=True
-    )
+    mean, std = (figure.to(images, non_blocking=True) for figure in (MEAN, STD))
+    return (images - mean) / std
 
 
 def crop(images, boxes, size):
@@ -551,21 +541,19 @@ def relax_loss(d1, d2, x, weight=1.0, mask=None):
     return mae_loss(d1, d2, mask) + weight * mae_loss(d2, x, mask)
 
 
-def info_nce(q, k, temperature, mask=None):
+def info_nce(q, k, temperature):
     """(6)  -log( exp(q_i k_i / tau) / sum_j exp(q_i k_j / tau) ), averaged over the queries.
 
-    q, k: (..., B, D), made unit vectors here; k_i answers q_i and the other B - 1 are its negatives.
-    mask: (..., B), the queries that count. Returns the loss, about log(B) for features that say
-    nothing, and the share of queries whose answer is the nearest candidate (1/B by chance).
+    q, k: (..., n, D), made unit vectors here; k_i answers q_i, the other n - 1 are its negatives.
+    Returns the loss, about log(n) for features that say nothing, and the share of queries whose
+    answer is the nearest candidate, 1/n by chance.
     """
     q, k = F.normalize(q.float(), dim=-1), F.normalize(k.float(), dim=-1)
     with torch.autocast(q.device.type, enabled=False):  # bfloat16 is too coarse for exp(1 / tau)
-        logits = q @ k.mT / temperature  # (..., B, B)
-    loss = logits.logsumexp(-1) - logits.diagonal(dim1=-2, dim2=-1)  # (..., B)
-    right = (logits.argmax(-1) == torch.arange(logits.shape[-1], device=q.device)).float()
-    if mask is None:
-        return loss.mean(), right.mean()
-    return (loss * mask).sum() / mask.sum(), (right * mask).sum() / mask.sum()
+        logits = q @ k.mT / temperature  # (..., n, n)
+    loss = logits.logsumexp(-1) - logits.diagonal(dim1=-2, dim2=-1)  # (..., n)
+    right = logits.argmax(-1) == torch.arange(logits.shape[-1], device=q.device)
+    return loss.mean(), right.float().mean()
 
 
 # --------------------------------------------------------------------------------- RelaxMIM
@@ -671,17 +659,8 @@ def draw(model, images, mask, folder):
 # --------------------------------------------------------------------------------- Training
 
 FORMAT, LOG_EVERY = 1, 20  # of checkpoint.pt; steps from one line of the log to the next
-FREE = {
-    "steps",
-    "out",
-    "resume",
-    "overwrite",
-    "save_every",
-    "workers",
-    "cache_gb",
-    "data_dir",
-    "device",
-}
+# what may differ when a run is resumed
+FREE = {"steps", "out", "resume", "overwrite", "save_every", "workers", "cache_gb", "device"}
 
 
 def learning_rate(step, config):
@@ -693,14 +672,9 @@ def learning_rate(step, config):
 
 def pick_device(config):
     """The device asked for, or the best there is; and autocast to bfloat16 where that is native."""
-    device = (
-        "cuda"
-        if torch.cuda.is_available()
-        else "mps"
-        if torch.backends.mps.is_available()
-        else "cpu"
-    )
-    device = device if config.device == "auto" else config.device
+    there = torch.accelerator.is_available()
+    best = torch.accelerator.current_accelerator().type if there else "cpu"
+    device = best if config.device == "auto" else config.device
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
@@ -790,7 +764,7 @@ def fit(config, parts, optimizer, resumed, data, device, forward, watch):
     B, n, since, watched = config.batch_size, len(data), None, watch()
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     print(
-        f"{n} images, {config.steps} steps of {B}: {config.steps * B / n:.1f} epochs, on {device}"
+        f"{n} images, {config.steps} steps of {B} = {config.steps * B / n:.1f} epochs, on {device}"
     )
     order = batch_indices(n, B, config.seed, range(first, config.steps))
     bar = tqdm(data.batches(order, device, config.workers), total=config.steps, initial=first)
@@ -844,12 +818,8 @@ def train(config):
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
     if device.startswith("cuda"):
         model.compile()
-    size, B, ratio, make_mask = (
-        config.img_size,
-        config.batch_size,
-        config.mask_ratio,
-        MASKS[config.mask],
-    )
+    size, B, ratio = config.img_size, config.batch_size, config.mask_ratio
+    make_mask = MASKS[config.mask]
 
     # 256 crops and masks, the same each time, by which the claim is measured
     set_seed(config.seed, 2**32 + 1)

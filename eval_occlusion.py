@@ -59,7 +59,9 @@ class Config:
     seed: int = option(0, "of images, masks and noise", 0, 2**31)
     out: str = option("runs/occlusion", "folder for what is written")
     device: str = option("auto", "auto, cpu, cuda or mps")
-    precision: str = option("auto", "auto: bfloat16 if native", "auto", "float32", "bfloat16")
+    precision: str = option(
+        "auto", "auto is bfloat16 where that is native", "auto", "float32", "bfloat16"
+    )
 
 
 def centre_mask(batch, grid, ratio, generator=None, device=None):

@@ -75,7 +75,9 @@ class Config:
     overwrite: bool = option(False, "replace the run in that folder")
     save_every: int = option(500, "steps between checkpoints", 1, 10**9)
     device: str = option("auto", "auto, cpu, cuda or mps")
-    precision: str = option("auto", "auto: bfloat16 if native", "auto", "float32", "bfloat16")
+    precision: str = option(
+        "auto", "auto is bfloat16 where that is native", "auto", "float32", "bfloat16"
+    )
 
 
 class Classifier(ViT):

@@ -111,18 +111,25 @@ class Config:
     overwrite: bool = option(False, "replace the run in that folder")
     save_every: int = option(500, "steps between checkpoints", 1, 10**9)
     device: str = option("auto", "auto, cpu, cuda or mps")
-    precision: str = option("auto", "auto: bfloat16 if native", "auto", "float32", "bfloat16")
+    precision: str = option(
+        "auto", "auto is bfloat16 where that is native", "auto", "float32", "bfloat16"
+    )
 
 
 def parse(cls, about, args):
     """An instance of `cls` from a command line: a tuple is positional, every other field an option."""
-    how = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=about, formatter_class=how, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=about,
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100),
+    )
     parser.error = fail
     flags = {f.name: "--" + f.name.replace("_", "-") for f in fields(cls)}
     for f in fields(cls):
-        note = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        names = ": " + ", ".join(filter(None, f.metadata["valid"])) if f.type is str else ""
+        note = f"{f.metadata['help']}{names.rstrip(': ')} [{f.default}]".replace("%", "%%")
+        kind = {"type": f.type, "metavar": f.type.__name__.upper()}
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else kind
         if f.type is tuple:
             parser.add_argument(f.name, nargs="*", help=f.metadata["help"])
         else:

@@ -1,6 +1,7 @@
 """The three scripts as a user runs them: tiny, in a chain, with the files they leave behind."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -169,6 +170,19 @@ def test_training_lowers_the_loss_and_raises_invariance(loss, tmp_path, capsys):
     assert log[-1]["feature_std"] > 0.02
 
 
+def test_relax_collapses_without_its_constraint(tmp_path):
+    """With lambda = 0 both decoders may say nothing; with the constraint they may not."""
+    spread = {}
+    for weight in (0.0, 1.0):
+        out = str(tmp_path / str(weight))
+        options = {"num_images": 256, "steps": 40, "batch_size": 32, "lr": 2e-3}
+        train(Config("relax", relax_weight=weight, out=out, **options))
+        log = read_log(out)
+        spread[weight] = log[-1]["output_std"]
+        assert log[-1]["loss"] < log[0]["loss"]
+    assert spread[0.0] < 0.1 and spread[1.0] > 0.25
+
+
 def test_two_crops_are_conventional_contrastive_learning(tmp_path):
     out = str(tmp_path / "run")
     train(Config(transform="crop", num_images=64, steps=20, batch_size=32, out=out))
@@ -285,6 +299,7 @@ MISTAKES = [
     ("relaxmim.py --out /dev/null/a", "--out", "/dev/null/a"),
     ("finetune.py nothing", "nothing", "checkpoint"),
     ("finetune.py --linear-probe", "--linear-probe", "checkpoint"),
+    ("finetune.py --data .", "--data .", "test/CLASS"),
     ("eval_occlusion.py", "checkpoints", "name"),
     ("eval_occlusion.py nothing --ratios 0,2", "--ratios", "below 1"),
     ("eval_occlusion.py nothing --shapes round", "--shapes round", "random"),
@@ -309,6 +324,17 @@ def test_a_mistake_is_one_line_in_the_shell_too(tmp_path):
     done = call(tmp_path, "relaxmim.py", "--mask", "blok")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "relaxmim.py: --mask blok: did you mean block?\n"
+
+
+def test_the_readme_s_line_numbers_are_right():
+    code = (ROOT / "relaxmim.py").read_text().splitlines()
+    links = re.findall(r"\[`(\w+)`\]\(relaxmim\.py#L(\d+)\)", (ROOT / "README.md").read_text())
+    assert len(links) >= 4
+    for name, line in links:
+        assert re.match(rf"(def|class) {name}\b", code[int(line) - 1]), (name, line)
+    tests = "".join(f.read_text() for f in (ROOT / "tests").glob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", (ROOT / "README.md").read_text())
+    assert named and all(f"def {name}(" in tests for name in named)
 
 
 def test_runs_are_not_overwritten_unasked(tmp_path):

@@ -1,9 +1,11 @@
 """The three scripts as a user runs them: tiny, in a chain, with the files they leave behind."""
 
 import json
+import math
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -214,6 +216,38 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch):
         assert all(torch.equal(a[part][name], b[part][name]) for name in a[part])
     for i, state in a["optimizer"]["state"].items():
         assert all(torch.equal(value, b["optimizer"]["state"][i][k]) for k, value in state.items())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_moves_no_weight(tmp_path, monkeypatch):
+    calls, loss = [], relaxmim.mae_loss
+
+    def breaks(*args):
+        calls.append(1)
+        return loss(*args) * (math.nan if len(calls) > 2 else 1.0)
+
+    monkeypatch.setattr(relaxmim, "mae_loss", breaks)
+    options = {"num_images": 4, "batch_size": 4, "steps": 5, "save_every": 2}
+    with pytest.raises(UserError, match="not finite.*--lr"):
+        train(Config("mae", out=str(tmp_path), **options))
+    content = torch.load(tmp_path / "checkpoint.pt")
+    assert content["step"] == 4 and all(v.isfinite().all() for v in content["encoder"].values())
+    state = content["optimizer"]["state"]
+    assert all(s["exp_avg"].isfinite().all() and s["step"] == 2 for s in state.values())
+
+
+def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
+    options = "--loss mae --num-images 4 --batch-size 4 --steps 100000 --out run".split()
+    command = [sys.executable, str(ROOT / "relaxmim.py"), *options]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    log = tmp_path / "run" / "log.jsonl"
+    deadline = time.time() + 100
+    while time.time() < deadline and not (log.exists() and log.read_text()):
+        time.sleep(0.1)
+    process.terminate()
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + 15 and "--resume" in out
+    step = torch.load(tmp_path / "run" / "checkpoint.pt")["step"]
+    assert 0 < step == read_log(tmp_path / "run")[-1]["step"]
 
 
 def test_n_images_are_chosen_by_the_seed_and_recorded(tmp_path):

@@ -127,15 +127,15 @@ def build(config, weights, num_classes):
     return model
 
 
-def layer_groups(model, config, decay):
-    """Parameter groups: from the head down the rate falls by `decay` a block (BEiT, MAE)."""
+def layer_groups(model, config):
+    """Parameter groups: from the head down the rate falls by layer_decay a block (BEiT, MAE)."""
     depth, layers = len(model.blocks), {}
     for name, parameter in model.named_parameters():
         layer = 0 if name.startswith(("cls_token", "patch_embed")) else depth + 1
         layer = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else layer
         if parameter.requires_grad:
             layers.setdefault(layer, []).append(parameter)
-    scaled = ((decay ** (depth + 1 - layer), found) for layer, found in layers.items())
+    scaled = ((config.layer_decay ** (depth + 1 - layer), found) for layer, found in layers.items())
     return [g for scale, found in scaled for g in decay_groups(found, config.weight_decay, scale)]
 
 
@@ -170,11 +170,10 @@ def train(config, source):
     resumed = start_run(config)
     set_seed(config.seed, 2**32)
     model = build(config, source and source["encoder"], classes).to(device)
-    decay = config.layer_decay if source else 1.0
     if config.linear_probe:
         frozen = {k: v.clone() for k, v in model.state_dict().items() if "head" not in k}
         model.requires_grad_(False).head.requires_grad_(True)
-    optimizer = torch.optim.AdamW(layer_groups(model, config, decay), lr=config.lr, fused=True)
+    optimizer = torch.optim.AdamW(layer_groups(model, config), lr=config.lr, fused=True)
     labels = data.labels.to(device)
     mixes = [v2.MixUp(alpha=config.mixup, num_classes=classes)] if config.mixup else []
     mixes += [v2.CutMix(alpha=config.cutmix, num_classes=classes)] if config.cutmix else []
@@ -218,6 +217,7 @@ def main(args):
     if config.linear_probe and not source:
         fail("--linear-probe: needs a checkpoint, whose encoder it freezes")
     known = source["config"] if source else {"model": "nano", "patch_size": 4, "img_size": 32}
+    config.layer_decay = config.layer_decay if source else 1.0  # nothing is there to be kept
     for name in ("model", "patch_size", "img_size"):
         setattr(config, name, getattr(config, name) or known[name])
     if config.img_size % config.patch_size:

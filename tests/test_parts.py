@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as tv
 
-from finetune import Classifier
+from finetune import Classifier, layer_groups
+from finetune import Config as FinetuneConfig
 from relaxmim import (
     MASKS,
     SIZES,
@@ -412,3 +413,16 @@ def test_sizes_are_the_field_s():
     assert SIZES["tiny"] == (192, 12, 3) and SIZES["base"] == (768, 12, 12)
     with pytest.raises(ValueError, match="do not divide"):
         ViT(30, 4, 3, 32, 1, 2)
+
+
+def test_the_learning_rate_falls_from_the_head_down():
+    model = Classifier(16, 4, 3, 32, 2, 2, num_classes=5)
+    rates = {}
+    for group in layer_groups(model, FinetuneConfig(layer_decay=0.5)):
+        for parameter in group["params"]:
+            rates[id(parameter)] = (group["scale"], group["weight_decay"])
+    for name, parameter in model.named_parameters():
+        layer = 0 if name.startswith(("cls_token", "patch_embed")) else 3
+        layer = int(name.split(".")[1]) + 1 if name.startswith("blocks") else layer
+        decay = 0.05 if parameter.ndim > 1 else 0.0
+        assert rates[id(parameter)] == (0.5 ** (3 - layer), decay)

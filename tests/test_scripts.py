@@ -111,7 +111,7 @@ def test_fine_tuning_writes_its_result_with_every_setting(chain):
     assert result["num_labels"] == 40 and result["layer_decay"] == 0.75 and result["seed"] == 0
     assert f"{result['test_accuracy']:.2%}" in out["tuned"]
     held = json.loads((cwd / "runs" / "scratch" / "result.json").read_text())
-    assert held["images"] == 500 and "test_accuracy" not in held
+    assert held["images"] == 500 and "test_accuracy" not in held and held["layer_decay"] == 1
     pretrained = torch.load(cwd / "runs" / "infonce-synthetic-1" / "checkpoint.pt")["encoder"]
     tuned = torch.load(run / "checkpoint.pt")["encoder"]
     name = "blocks.0.attn.qkv.weight"
@@ -236,7 +236,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_moves_no_weight(tmp_path, m
 
 
 def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
-    options = "--loss mae --num-images 4 --batch-size 4 --steps 100000 --out run".split()
+    options = ["--loss", "mae", "--num-images", "4", "--batch-size", "4", "--steps", "100000", "--out", "run"]
     command = [sys.executable, str(ROOT / "relaxmim.py"), *options]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     log = tmp_path / "run" / "log.jsonl"

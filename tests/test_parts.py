@@ -113,6 +113,16 @@ def test_hidden_pixels_cannot_reach_the_encoder():
     assert not torch.allclose(before, changed)
 
 
+def test_visible_patches_keep_their_positions():
+    encoder, images, mask = small_vit(), torch.randn(3, 3, 16, 24), random_mask(3, (4, 6), 0.5)
+    x = encoder.patch_embed.proj(images).flatten(2).transpose(1, 2) + encoder.pos_embed[:, 1:]
+    x = torch.stack([tokens[~row] for tokens, row in zip(x, mask)])
+    x = torch.cat([encoder.cls_token.expand(3, -1, -1), x], 1)
+    for block in encoder.blocks:
+        x = block(x)
+    torch.testing.assert_close(encoder(images, mask), encoder.norm(x))
+
+
 def test_nothing_hidden_is_the_same_as_no_mask():
     encoder, images = small_vit(), torch.randn(2, 3, 16, 24)
     nothing = torch.zeros(2, 24, dtype=torch.bool)
@@ -273,6 +283,14 @@ def test_every_weight_gets_a_gradient(loss):
     model(*views_and_mask())[0].backward()
     unused = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert unused == []
+
+
+@pytest.mark.parametrize("loss, expected", [("relax", True), ("infonce", False)])
+def test_only_relax_has_a_gradient_through_its_second_view(loss, expected):
+    view1, _, mask, num_hidden = views_and_mask()
+    view2 = view1.clone().requires_grad_()
+    RelaxMIM(Config(loss=loss))(view1, view2, mask, num_hidden)[0].backward()
+    assert (view2.grad is not None and bool(view2.grad.any())) == expected
 
 
 def test_infonce_starts_near_log_of_the_candidates():

@@ -236,7 +236,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_moves_no_weight(tmp_path, m
 
 
 def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
-    options = ["--loss", "mae", "--num-images", "4", "--batch-size", "4", "--steps", "100000", "--out", "run"]
+    options = [
+        "--loss",
+        "mae",
+        "--num-images",
+        "4",
+        "--batch-size",
+        "4",
+        "--steps",
+        "100000",
+        "--out",
+        "run",
+    ]
     command = [sys.executable, str(ROOT / "relaxmim.py"), *options]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     log = tmp_path / "run" / "log.jsonl"

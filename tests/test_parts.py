@@ -416,11 +416,12 @@ def test_a_training_step_makes_no_tensor_on_the_wrong_device(loss):
     config = Config(loss="infonce", transform="crop") if loss == "crop" else Config(loss=loss)
     with FakeTensorMode(allow_non_fake_inputs=True):
         try:
-            torch.zeros(1, device="cuda").sub(1)
-        except RuntimeError:
-            pytest.skip("this torch wants a driver even for fake CUDA tensors")
-        with torch.device("cuda"):
-            model = RelaxMIM(config)
+            with torch.device("cuda"):
+                model = RelaxMIM(config)
+        except RuntimeError as error:
+            if "driver version" not in str(error):
+                raise
+            pytest.skip("this version of torch wants a driver even for fake tensors on CUDA")
         pixels = torch.zeros(4, 3, 40, 40, dtype=torch.uint8, device="cuda")
         images = random_crops(pixels, 4, 32)
         for make in MASKS.values():

@@ -99,7 +99,7 @@ class Config:
     data_dir: str = option("data", "where torchvision's sets are kept")
     cache_gb: float = option(4.0, "a folder larger than this is streamed, GiB", 0.0, 1e6)
     workers: int = option(2, "processes that read files", 0, 256)
-    steps: int = option(300, "optimizer steps", 1, 10**9)
+    steps: int = option(400, "optimizer steps", 1, 10**9)
     batch_size: int = option(128, "images per step", 2, 10**6)
     lr: float = option(1e-3, "peak learning rate", 1e-12, 10.0)
     weight_decay: float = option(0.05, "decay of matrices", 0.0, 10.0)

@@ -19,7 +19,7 @@ So T is the mask, the measurement is the decoder with its loss, and what is lear
 occlusion. The argument is that of Kong and Zhang (arXiv 2208.04164, CVPR 2023); every setting here
 is ours. This file is the whole method, and each piece of it stands alone: copy what you need.
 
-    python relaxmim.py --loss infonce --num-images 1      one image, embedded: TIME1
+    python relaxmim.py --loss infonce --num-images 1      one embedded image: 2 minutes, 2 cores
     python relaxmim.py --loss mae --data cifar10          or a folder, or one photograph
     python relaxmim.py --transform crop                   (1) with T = crop and colour, to compare
     python relaxmim.py --loss mae --model base --patch-size 16 --img-size 224 --data DIR   for a GPU

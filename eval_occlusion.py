@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Measure what occlusion does to a model: accuracy, or features, as more of each image is hidden.
 
-    python eval_occlusion.py runs/finetune-A runs/finetune-B     accuracy of classifiers, side by side
-    python eval_occlusion.py runs/infonce-synthetic-1            features of an encoder without a head
+    python eval_occlusion.py runs/finetune-A runs/finetune-B   accuracy of classifiers, side by side
+    python eval_occlusion.py runs/infonce-synthetic-1          features of an encoder without a head
     python eval_occlusion.py runs/finetune-A --fill swap         hidden behind other images' patches
 
 Patches are hidden at random, in one block, or from the centre outwards. Every checkpoint sees the
@@ -147,7 +147,7 @@ def area(ratios, values):
 
 
 def cka(a, b):
-    """Linear centred kernel alignment of features (n, D) and (n, D'): 0..1 (Kornblith et al., 2019)."""
+    """Linear centred kernel alignment of features (n, D) and (n, D'): 0..1 (Kornblith, 2019)."""
     a, b = a - a.mean(0), b - b.mean(0)
     return ((b.T @ a).norm() ** 2 / ((a.T @ a).norm() * (b.T @ b).norm())).item()
 

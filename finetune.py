@@ -2,7 +2,7 @@
 """Fine-tune what relaxmim.py has pretrained, probe it with a linear head, or train from scratch.
 
     python finetune.py runs/infonce-synthetic-1              all weights, from a run or a checkpoint
-    python finetune.py                                       from scratch, by the same recipe: the baseline
+    python finetune.py                                 from scratch, by the same recipe
     python finetune.py runs/mae-cifar10 --linear-probe       a linear head on the frozen encoder
     python finetune.py runs/mae-cifar10 --data cifar10 --num-labels 10000
 
@@ -110,7 +110,7 @@ class Classifier(ViT):
 
 
 def build(config, weights, num_classes):
-    """A Classifier of the size in config; weights: an encoder's or a classifier's state dict, or None.
+    """A Classifier of the size in config; weights: a state dict of either kind, or None.
 
     Raises UserError that names what is missing or left over.
     """
@@ -162,7 +162,7 @@ def accuracy(model, data, device, size, workers=0):
 
 
 def train(config, source):
-    """One fine-tuning run, from data to the figure on test. source: a checkpoint's content, or None."""
+    """One fine-tuning run, from data to the figure on test. source: a checkpoint, or None."""
     started = time.time()
     device, autocast = pick_device(config)
     splits = ("fit", "val") if config.validate else ("train", "test")

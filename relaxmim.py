@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: MIT
 """RelaxMIM: masked image modeling is siamese learning of occlusion-invariant features.
 
-Siamese learning shows an encoder f two transformed views of an image and asks a measurement M that
-its features be alike. MAE looks different: it hides patches, and a decoder d paints them. It is the
+Siamese learning shows an encoder f two transformed views of an image and measures how
+alike its features are. MAE looks different: it hides patches, and a decoder d paints them. It is the
 same thing. Write x for an image, M for its visible patches and 1-M for the hidden ones, x M for x
 with only the visible patches left:
 
-    (1) siamese   min M( f(T1(x)), f(T2(x)) )               T: what to become invariant to
+    (1) siamese   min measure( f(T1(x)), f(T2(x)) )         T: what to become invariant to
     (2) MAE       L = || ( d(f(x M)) - x ) (1-M) ||^2
     (3) suppose a decoder d' can read the hidden patches back from their own features:
                   d'(f(x (1-M))) (1-M) = x (1-M), approximately
     (4) put into (2), with z1 = f(x M) and z2 = f(x (1-M)):
-                  L = || ( d(z1) - d'(z2) ) (1-M) ||^2       a measurement of how alike z1 and z2 are
-    (5) RelaxMIM  (4) + lambda || ( d'(z2) - x ) (1-M) ||^2  the second term is (3), as a penalty
-    (6) InfoNCE   -log( exp(q_i k_i / tau) / sum_j exp(q_i k_j / tau) )  in place of decoder and loss
+                  L = || ( d(z1) - d'(z2) ) (1-M) ||^2     a measurement: how alike are z1, z2
+    (5) RelaxMIM  (4) + lambda || ( d'(z2) - x ) (1-M) ||^2    the penalty is (3)
+    (6) InfoNCE   -log( exp(q_i k_i / tau) / sum_j exp(q_i k_j / tau) )    instead of both
 
-So T is the mask, the measurement is the decoder with its loss, and what is learned is to see through
-occlusion. The argument is that of Kong and Zhang (arXiv 2208.04164, CVPR 2023); every setting here
-is ours. This file is the whole method, and each piece of it stands alone: copy what you need.
+So T is the mask, the measurement is the decoder with its loss, and what is learned is to see
+through occlusion. The argument is that of Kong and Zhang (arXiv 2208.04164, CVPR 2023); every
+setting here is ours. This file is the whole method, and each piece of it stands alone: copy what you need.
 
     python relaxmim.py --loss infonce --num-images 1      one embedded image: 2 minutes, 2 cores
     python relaxmim.py --loss mae --data cifar10          or a folder, or one photograph
@@ -117,7 +117,7 @@ class Config:
 
 
 def parse(cls, about, args):
-    """An instance of `cls` from a command line: a tuple is positional, every other field an option."""
+    """An instance of `cls` from a command line: a tuple is positional, other fields are options."""
     parser = argparse.ArgumentParser(
         description=about,
         allow_abbrev=False,
@@ -153,7 +153,7 @@ SHAPES = ["disc", "ring", "bar", "trefoil", "cross", "star"]  # labels of the sy
 
 
 def set_seed(seed, stream):
-    """Make all that is random from here on a function of (seed, stream), not of what came before."""
+    """Make all that is random from here on a function of (seed, stream), not of what was before."""
     torch.manual_seed(int(np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0]))
 
 
@@ -188,7 +188,7 @@ def synthetic_images(index, size, seed=0, leaves=24):
 
 
 def read_image(path, size=None):
-    """An image file as uint8 (3, H, W); with size (H, W) it is scaled to cover it and cut around."""
+    """An image file as uint8 (3, H, W); with size (H, W) it is scaled to cover it and cut."""
     with Image.open(path) as image:
         if size:
             image.draft(None, size[::-1])  # a large JPEG is decoded at 1/2, 1/4 or 1/8
@@ -204,7 +204,7 @@ def read_image(path, size=None):
 class Images(Dataset):
     """n images. pixels: uint8 (n, 3, H, W), or None if `names` are files to be read when needed.
 
-    As a data set, item i is (i, uint8 (3, *size)); where file i is damaged the next takes its place.
+    As a data set, item i is (i, uint8 (3, *size)); if file i is damaged the next takes its place.
     """
 
     def __init__(self, names, pixels, labels, classes, size=None):
@@ -223,7 +223,7 @@ class Images(Dataset):
         fail("--data: none of its images can be decoded")
 
     def batches(self, indices, device, workers):
-        """For each (B,) of `indices`: the indices and uint8 (B, 3, H, W), or (1, 3, H, W) if n = 1."""
+        """For each (B,) of `indices`: the indices and uint8 (B, 3, H, W), (1, 3, H, W) if n = 1."""
         if self.pixels is not None:
             pixels = self.pixels.to(device)
             for index in indices:
@@ -299,7 +299,7 @@ def open_data(config, split, img_size, count=0):
 
 
 def batch_indices(n, batch, seed, steps):
-    """For each of `steps` the images (B,) it takes: an epoch takes all n, in an order of its own."""
+    """For each of `steps` the images (B,) it takes: an epoch takes all n, in its own order."""
     size, orders = n * -(-batch // n), {}  # a set smaller than a batch is repeated
     for step in steps:
         first, last = step * batch // size, ((step + 1) * batch - 1) // size
@@ -490,7 +490,7 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
 
     def forward(self, images, mask=None, num_hidden=None):
-        """images (B, C, H, W), mask (B, N) or None, all visible -> (B, 1 + V, D), class token first."""
+        """images (B, C, H, W), mask (B, N) or None: all visible -> (B, 1 + V, D), class first."""
         patches, pos = patchify(images, self.patch_size), self.pos_embed[:, 1:]
         if mask is not None:
             visible, _ = split(mask, num_hidden)
@@ -541,7 +541,7 @@ def mae_loss(pred, x, mask=None):
 
 
 def relax_loss(d1, d2, x, weight=1.0, mask=None):
-    """(5)  M(z1, z2) + lambda || ( d'(z2) - x ) (1-M) ||^2  with  M = || ( d(z1) - d'(z2) ) (1-M) ||^2.
+    """(5)  || ( d(z1) - d'(z2) ) (1-M) ||^2 + lambda || ( d'(z2) - x ) (1-M) ||^2.
 
     d1 = d(z1), d2 = d'(z2), x: shapes and mask as in mae_loss; equal to it where d' is perfect.
     """
@@ -601,7 +601,7 @@ class RelaxMIM(nn.Module):
         if c.loss == "relax":
             z2 = self.encoder(view2, ~mask, mask.shape[1] - num_hidden)  # f(x (1-M)): (B, 1 + H, D)
             d2 = self.head(z2[:, 1:]).float()  # d'(z2): (B, H, P)
-            figures["output_std"] = d2.detach().flatten(0, 1).std(0).mean()  # 0: M has collapsed
+            figures["output_std"] = d2.detach().flatten(0, 1).std(0).mean()  # 0: collapsed
             return relax_loss(d1, d2, x, c.relax_weight), figures
         with torch.no_grad():
             z2 = self.encoder(view2)  # f(x), nothing hidden: (B, 1 + N, D)
@@ -633,9 +633,9 @@ def invariance(encoder, images, mask):
 
 @torch.no_grad()
 def draw(model, images, mask, folder):
-    """Write features.png and, where pixels are predicted, reconstruction.png, of 8 images in columns.
+    """Write features.png and, where pixels are predicted, reconstruction.png: 8 images in columns.
 
-    features.png: original, masked, and the patch features of the whole and of the masked image, their
+    features.png: original, masked, and the patch features of the whole and of the masked image:
     first three principal components as colours. reconstruction.png: original, masked, predictions
     pasted in. With norm_pix they lack mean and variance: the nearest visible patch lends its own.
     """

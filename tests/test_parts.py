@@ -1,4 +1,4 @@
-"""The parts of relaxmim.py, each against what it claims: a naive loop, torchvision, or an identity."""
+"""The parts of relaxmim.py, each against what it claims: a loop, torchvision, or an identity."""
 
 import math
 from itertools import pairwise
@@ -410,7 +410,7 @@ def test_the_seed_of_a_step_does_not_depend_on_what_came_before():
 
 @pytest.mark.parametrize("loss", ["mae", "relax", "infonce", "crop"])
 def test_a_training_step_makes_no_tensor_on_the_wrong_device(loss):
-    """The forward pass of a step on "cuda", in fake tensors: needs no GPU, and names any mismatch."""
+    """The forward pass of a step on "cuda", in fake tensors: needs no GPU, names any mismatch."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     config = Config(loss="infonce", transform="crop") if loss == "crop" else Config(loss=loss)

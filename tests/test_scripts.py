@@ -38,7 +38,7 @@ def read_log(folder):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """A labelled folder of three classes, with what real folders hold: a stray and a damaged file."""
+    """A labelled folder of three classes, with what real folders hold: a stray, a damaged file."""
     root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for part, count in (("train", 12), ("test", 6)):
         for label, name in enumerate(("a", "b", "ç d")):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """RelaxMIM: masked image modeling is siamese learning of occlusion-invariant features.
 
-Siamese learning shows an encoder f two transformed views of an image and measures how
-alike its features are. MAE looks different: it hides patches, and a decoder d paints them. It is the
-same thing. Write x for an image, M for its visible patches and 1-M for the hidden ones, x M for x
-with only the visible patches left:
+Siamese learning shows an encoder f two transformed views of an image and measures how alike its
+features are. MAE looks different: it hides patches, and a decoder d paints them. It is the same
+thing. Write x for an image, M for its visible patches and 1-M for the hidden ones, x M for x with
+only the visible patches left:
 
     (1) siamese   min measure( f(T1(x)), f(T2(x)) )         T: what to become invariant to
     (2) MAE       L = || ( d(f(x M)) - x ) (1-M) ||^2
@@ -17,7 +17,7 @@ with only the visible patches left:
 
 So T is the mask, the measurement is the decoder with its loss, and what is learned is to see
 through occlusion. The argument is that of Kong and Zhang (arXiv 2208.04164, CVPR 2023); every
-setting here is ours. This file is the whole method, and each piece of it stands alone: copy what you need.
+setting here is ours. This file is the whole method, and each piece stands alone: take it.
 
     python relaxmim.py --loss infonce --num-images 1      one embedded image: 2 minutes, 2 cores
     python relaxmim.py --loss mae --data cifar10          or a folder, or one photograph

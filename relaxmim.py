@@ -684,7 +684,7 @@ def pick_device(config):
     device = best if config.device == "auto" else config.device
     try:
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError):
         fail(f"--device {device}: not to be had here; auto takes what is")
     native = device == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
     native |= device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -11,15 +11,18 @@ with what the models were shown, and occlusion-curve.png where matplotlib is ins
 """
 
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.data import BatchSampler
 from torchvision.utils import make_grid, save_image
 
-from finetune import Classifier, whole
+from finetune import Classifier, choose, class_names, whole
 from relaxmim import (
     MASKS,
     MEAN,
@@ -35,7 +38,6 @@ from relaxmim import (
     patchify,
     pick_device,
     places,
-    run,
     set_seed,
     unpatchify,
 )
@@ -51,7 +53,7 @@ class Config:
     fill: str = option("drop", "what hidden patches show", "drop", "mean", "noise", "swap")
     mask_seeds: int = option(3, "masks tried on each image", 1, 1000)
     data: str = option("", "set or folder with labels; empty: the first checkpoint's")
-    num_images: int = option(2000, "test images, taken at random; 0: all", 0, 10**9)
+    num_images: int = option(2000, "test images at most, taken at random; 0: all", 0, 10**9)
     data_dir: str = option("data", "where torchvision's sets are kept")
     cache_gb: float = option(4.0, "a folder larger than this is streamed, GiB", 0.0, 1e6)
     workers: int = option(2, "processes that read files", 0, 256)
@@ -59,9 +61,7 @@ class Config:
     seed: int = option(0, "of images, masks and noise", 0, 2**31)
     out: str = option("runs/occlusion", "folder for what is written")
     device: str = option("auto", "auto, cpu, cuda or mps")
-    precision: str = option(
-        "auto", "auto is bfloat16 where that is native", "auto", "float32", "bfloat16"
-    )
+    precision: str = option("auto", "of matrix products", "auto", "float32", "bfloat16")
 
 
 def centre_mask(batch, grid, ratio, generator=None, device=None):
@@ -109,7 +109,7 @@ def open_model(path, device):
 
 def batches(config, data, img_size, device):
     """The test images, (B, 3, H, W), and their indices, in the order of all models."""
-    every = torch.arange(len(data)).split(config.batch_size)
+    every = BatchSampler(range(len(data)), config.batch_size, drop_last=False)
     for index, pixels in data.batches(every, device, config.workers):
         yield index, whole(pixels, img_size)
 
@@ -122,7 +122,7 @@ def masks(config, shape, ratio, seed, index, grid, device):
 
 
 @torch.no_grad()
-def accuracies(config, model, data, img_size, shape, ratios, device):
+def accuracies(config, model, data, labels, img_size, shape, ratios, device):
     """Accuracy at each ratio: a list of (mean, std) over the mask seeds."""
     found = []
     for ratio in ratios:
@@ -132,7 +132,7 @@ def accuracies(config, model, data, img_size, shape, ratios, device):
             for index, images in batches(config, data, img_size, device):
                 mask = masks(config, shape, ratio, seed, index, model.grid, device)
                 guess = look(model, images, mask, config.fill).argmax(1).cpu()
-                right += (guess == data.labels[index]).sum().item()
+                right += (guess == labels[index]).sum().item()
             per_seed.append(right / len(data))
         found.append((mean(per_seed), stdev(per_seed) if len(per_seed) > 1 else 0.0))
     return found
@@ -234,11 +234,15 @@ def evaluate(config, ratios, shapes):
     names = [Path(p).parent.name if Path(p).suffix else Path(p).name for p in config.checkpoints]
     names = [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]
     has_head = [isinstance(model, Classifier) for model, _ in opened]
-    data = open_data(config, "test", first["img_size"], config.num_images)
+    config.img_size = first["img_size"]
+    data = open_data(config, train=False)
+    classes, n = sorted(set(class_names(data))), config.num_images or len(data)
+    data = choose(data, np.random.default_rng([config.seed, 1]).permutation(len(data))[:n])
+    labels = torch.tensor([classes.index(name) for name in class_names(data)])
     for name, (model, _), head in zip(names, opened, has_head):
-        if head and model.head.out_features != len(data.classes):
+        if head and model.head.out_features != len(classes):
             count = model.head.out_features
-            fail(f"--data {config.data}: {len(data.classes)} classes; {name} has {count}")
+            fail(f"--data {config.data}: {len(classes)} classes; {name} has {count}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -255,7 +259,8 @@ def evaluate(config, ratios, shapes):
                     arguments = (config, model, data, c["img_size"], shape, ratios, device)
                     table[name] = alignment(*arguments)
                     continue
-                found = accuracies(config, model, data, c["img_size"], shape, ratios, device)
+                sizes = (c["img_size"], shape, ratios, device)
+                found = accuracies(config, model, data, labels, *sizes)
             level = area(ratios, [value for value, _ in found])
             curves[name] = {
                 "accuracy": found,
@@ -307,4 +312,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(main)
+    main(sys.argv[1:])

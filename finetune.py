@@ -11,30 +11,32 @@ settings, --validate holds out a tenth of the training images and reports on tha
 """
 
 import json
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import BatchSampler
 from torchvision.transforms import v2
 
 from relaxmim import (
     SIZES,
+    Images,
     ViT,
     crop,
     decay_groups,
     fail,
     fit,
     load_checkpoint,
-    normalise,
     open_data,
     option,
     parse,
     pick_device,
     random_crops,
-    run,
     set_seed,
     start_run,
 )
@@ -49,9 +51,7 @@ class Config:
     """
 
     checkpoint: tuple = option((), "a run's folder or its checkpoint.pt; none: from scratch")
-    data: str = option(
-        "synthetic", "synthetic, cifar10, cifar100, stl10, a folder of train/, test/"
-    )
+    data: str = option("synthetic", "synthetic, cifar10, cifar100, stl10 or a folder")
     num_labels: int = option(0, "labelled training images, taken at random; 0: all", 0, 10**9)
     validate: bool = option(False, "report on a tenth held out from train, never on test")
     linear_probe: bool = option(False, "train a linear head only, on the frozen encoder")
@@ -66,8 +66,6 @@ class Config:
     lr: float = option(1e-3, "peak learning rate, of the head", 1e-12, 10.0)
     layer_decay: float = option(1.0, "learning rate of a block over the next one's", 0.01, 1.0)
     weight_decay: float = option(0.05, "decay of matrices", 0.0, 10.0)
-    warmup: float = option(0.1, "share of the steps in which the rate rises", 0.0, 1.0)
-    clip_grad: float = option(1.0, "largest gradient norm", 1e-6, 1e9)
     drop_path: float = option(0.0, "chance to skip a branch, in the last block", 0.0, 0.99)
     label_smoothing: float = option(0.1, "share of the target spread over all classes", 0.0, 0.99)
     mixup: float = option(0.0, "alpha of MixUp; 0: off", 0.0, 100.0)
@@ -79,9 +77,7 @@ class Config:
     overwrite: bool = option(False, "replace the run in that folder")
     save_every: int = option(500, "steps between checkpoints", 1, 10**9)
     device: str = option("auto", "auto, cpu, cuda or mps")
-    precision: str = option(
-        "auto", "auto is bfloat16 where that is native", "auto", "float32", "bfloat16"
-    )
+    precision: str = option("auto", "of matrix products", "auto", "float32", "bfloat16")
 
 
 class Classifier(ViT):
@@ -112,7 +108,7 @@ class Classifier(ViT):
 def build(config, weights, num_classes):
     """A Classifier of the size in config; weights: a state dict of either kind, or None.
 
-    Raises UserError that names what is missing or left over.
+    Where they do not fit, one line names what is missing or left over, and the program ends.
     """
     size = SIZES[config.model]
     probe = config.linear_probe
@@ -143,52 +139,81 @@ def layer_groups(model, config):
     return [g for scale, found in scaled for g in decay_groups(found, config.weight_decay, scale)]
 
 
+def choose(data, index):
+    """The images at `index`, (n,), alone."""
+    pixels = None if data.pixels is None else data.pixels[index]
+    return Images([data.names[i] for i in index], pixels, data.size)
+
+
+def class_names(data):
+    """The class of each image, by the folder in its name: a list of strings."""
+    return [Path(name).parent.name for name in data.names]
+
+
 def whole(pixels, size):
     """uint8 images as they are, resized and normalised: (B, 3, size, size)."""
     (H, W), B = pixels.shape[2:], len(pixels)
     boxes = torch.tensor([[0.0, 0.0, W, H]], device=pixels.device).expand(B, -1)
-    return normalise(crop(pixels, boxes, size))
+    return crop(pixels, boxes, size)
 
 
 @torch.no_grad()
-def accuracy(model, data, device, size, workers=0):
-    """Share of the images whose class the model names first."""
+def accuracy(model, data, labels, device, size, workers=0):
+    """Share of the images whose label, of labels (n,), the model gives the largest logit."""
     model.eval()
-    right, every = 0, torch.arange(len(data)).split(256)
+    right, every = 0, BatchSampler(range(len(data)), 256, drop_last=False)
     for index, pixels in data.batches(every, device, workers):
         guess = model(whole(pixels, size)).argmax(1).cpu()
-        right += (guess == data.labels[index]).sum().item()
+        right += (guess == labels[index]).sum().item()
     return right / len(data)
+
+
+def open_parts(config):
+    """The images to train on and those to report on, the labels of each, and the classes."""
+    data = open_data(config)
+    labelled = [i for i, name in enumerate(class_names(data)) if name != "unlabelled"]  # STL10
+    if config.validate:  # always the same tenth
+        order, tenth = np.random.default_rng(0).permutation(labelled), len(labelled) // 10
+        labelled, test = order[tenth:], choose(data, order[:tenth])
+    else:
+        test = open_data(config, train=False)
+    if config.num_labels > len(labelled):
+        fail(f"--num-labels {config.num_labels}: {len(labelled)} labelled images found")
+    order = np.random.default_rng([config.seed, 1]).permutation(labelled)
+    data = choose(data, order[: config.num_labels or None])
+    classes = sorted({*class_names(data), *class_names(test)})
+    for images, part in ((data, "train"), (test, "test")):
+        if len(classes) < 2 or set(class_names(images)) != set(classes):
+            fail(f"--data {config.data}: {part} needs two classes or more, and the other part's")
+    labels = [torch.tensor([classes.index(c) for c in class_names(x)]) for x in (data, test)]
+    return data, test, *labels, classes
 
 
 def train(config, source):
     """One fine-tuning run, from data to the figure on test. source: a checkpoint, or None."""
     started = time.time()
     device, autocast = pick_device(config)
-    splits = ("fit", "val") if config.validate else ("train", "test")
-    data = open_data(config, splits[0], config.img_size, config.num_labels)
-    test = open_data(config, splits[1], config.img_size)
-    classes, size = len(data.classes), config.img_size
-    if classes < 2 or list(data.classes) != list(test.classes):
-        fail(f"--data {config.data}: needs the same classes, two or more, in both parts")
     resumed = start_run(config)
+    data, test, labels, test_labels, classes = open_parts(config)
+    size, labels = config.img_size, labels.to(device)
     set_seed(config.seed, 2**32)
-    model = build(config, source and source["encoder"], classes).to(device)
+    model = build(config, source and source["encoder"], len(classes)).to(device)
     if config.linear_probe:
         frozen = {k: v.clone() for k, v in model.state_dict().items() if "head" not in k}
         model.requires_grad_(False).head.requires_grad_(True)
     optimizer = torch.optim.AdamW(layer_groups(model, config), lr=config.lr, fused=True)
-    labels = data.labels.to(device)
-    mixes = [v2.MixUp(alpha=config.mixup, num_classes=classes)] if config.mixup else []
-    mixes += [v2.CutMix(alpha=config.cutmix, num_classes=classes)] if config.cutmix else []
+    n = len(classes)
+    mixes = [v2.MixUp(alpha=config.mixup, num_classes=n)] if config.mixup else []
+    mixes += [v2.CutMix(alpha=config.cutmix, num_classes=n)] if config.cutmix else []
     mix = v2.RandomChoice(mixes) if mixes and not config.linear_probe else v2.Identity()
     if device.startswith("cuda"):
         model.compile()
 
     def forward(index, pixels):
         model.train()
-        images = random_crops(pixels, config.batch_size, size, config.smallest_crop)
-        images, target = mix(normalise(images), labels[index.to(device, non_blocking=True)])
+        u = torch.rand(5, config.batch_size, device=device)
+        images = random_crops(pixels, u, size, config.smallest_crop)
+        images, target = mix(images, labels[index.to(device, non_blocking=True)])
         with autocast:
             logits = model(images).float()
         return F.cross_entropy(logits, target, label_smoothing=config.label_smoothing), {}
@@ -196,20 +221,16 @@ def train(config, source):
     parts = {"encoder": model}
     fit(config, parts, optimizer, resumed, data, device, forward, dict)
     if config.linear_probe:
-        moved = [
-            k
-            for k, v in frozen.items()
-            if "fc_norm" not in k and (model.state_dict()[k] != v).any()
-        ]
+        now = model.state_dict()
+        moved = [k for k, v in frozen.items() if "fc_norm" not in k and (now[k] != v).any()]
         assert not moved, f"the frozen encoder moved: {moved}"
     with autocast:
-        figure = accuracy(model, test, device, size, config.workers)
+        figure = accuracy(model, test, test_labels, device, size, config.workers)
     part = "validation" if config.validate else "test"
     minutes = (time.time() - started) / 60
     result = {f"{part}_accuracy": figure, "images": len(test), "minutes": round(minutes, 2)}
-    Path(config.out, "result.json").write_text(
-        json.dumps({**result, **asdict(config)}, indent=2) + "\n"
-    )
+    result = json.dumps({**result, **asdict(config)}, indent=2)
+    Path(config.out, "result.json").write_text(result + "\n")
     print(f"accuracy on the {len(test)} {part} images: {figure:.2%}; written to {config.out}")
 
 
@@ -238,4 +259,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(main)
+    main(sys.argv[1:])

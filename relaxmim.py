@@ -2,9 +2,8 @@
 """RelaxMIM: masked image modeling is siamese learning of occlusion-invariant features.
 
 Siamese learning shows an encoder f two transformed views of an image and measures how alike its
-features are. MAE looks different: it hides patches, and a decoder d paints them. It is the same
-thing. Write x for an image, M for its visible patches and 1-M for the hidden ones, x M for x with
-only the visible patches left:
+features are. MAE hides patches, and a decoder d paints them. It is the same thing. Write x for an
+image, M for its visible patches, 1-M for the hidden ones, x M for what is left of x if only M is:
 
     (1) siamese   min measure( f(T1(x)), f(T2(x)) )         T: what to become invariant to
     (2) MAE       L = || ( d(f(x M)) - x ) (1-M) ||^2
@@ -23,9 +22,6 @@ setting here is ours. This file is the whole method, and each piece stands alone
     python relaxmim.py --loss mae --data cifar10          or a folder, or one photograph
     python relaxmim.py --transform crop                   (1) with T = crop and colour, to compare
     python relaxmim.py --loss mae --model base --patch-size 16 --img-size 224 --data DIR   for a GPU
-
-A run's folder holds its settings, log, checkpoint and pictures. See finetune.py and
-eval_occlusion.py for what the features are worth.
 """
 
 import argparse
@@ -33,13 +29,11 @@ import difflib
 import json
 import math
 import os
-import shlex
 import signal
 import sys
-import time
 from collections import OrderedDict
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +41,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 from torchvision import datasets
 from torchvision.ops import roi_align, stochastic_depth
 from torchvision.transforms import v2
@@ -66,12 +60,10 @@ SIZES = {  # --model: width, depth, heads
 }
 
 
-class UserError(Exception):
-    """A mistake of the user's, in one line: the option, the value given and what would do."""
-
-
 def fail(message):
-    raise UserError(message)
+    """A mistake of the user's: one line on stderr, exit status 2."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def option(default, help, *valid):
@@ -103,45 +95,36 @@ class Config:
     batch_size: int = option(128, "images per step", 2, 10**6)
     lr: float = option(1e-3, "peak learning rate", 1e-12, 10.0)
     weight_decay: float = option(0.05, "decay of matrices", 0.0, 10.0)
-    warmup: float = option(0.1, "share of the steps in which the rate rises", 0.0, 1.0)
-    clip_grad: float = option(3.0, "largest gradient norm", 1e-6, 1e9)
     seed: int = option(0, "of all that is random", 0, 2**31)
     out: str = option("", "folder of the run; empty: runs/LOSS-DATA")
     resume: bool = option(False, "go on with the run in that folder")
     overwrite: bool = option(False, "replace the run in that folder")
     save_every: int = option(500, "steps between checkpoints", 1, 10**9)
     device: str = option("auto", "auto, cpu, cuda or mps")
-    precision: str = option(
-        "auto", "auto is bfloat16 where that is native", "auto", "float32", "bfloat16"
-    )
+    precision: str = option("auto", "of matrix products", "auto", "float32", "bfloat16")
 
 
 def parse(cls, about, args):
     """An instance of `cls` from a command line: a tuple is positional, other fields are options."""
-    parser = argparse.ArgumentParser(
-        description=about,
-        allow_abbrev=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100),
-    )
-    parser.error = fail
-    flags = {f.name: "--" + f.name.replace("_", "-") for f in fields(cls)}
-    for f in fields(cls):
-        names = ": " + ", ".join(filter(None, f.metadata["valid"])) if f.type is str else ""
-        note = f"{f.metadata['help']}{names.rstrip(': ')} [{f.default}]".replace("%", "%%")
-        kind = {"type": f.type, "metavar": f.type.__name__.upper()}
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else kind
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False, formatter_class=form)
+    parser.error, flags = fail, {f: "--" + f.name.replace("_", "-") for f in fields(cls)}
+    for f, flag in flags.items():
+        kind = {"type": f.type, "metavar": f.type.__name__.upper(), "default": f.default}
+        if f.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction, "default": f.default}
         if f.type is tuple:
-            parser.add_argument(f.name, nargs="*", help=f.metadata["help"])
-        else:
-            parser.add_argument(flags[f.name], default=f.default, help=note, **kind)
+            flag, kind = f.name, {"nargs": "*"}
+        names = ", ".join(f.metadata["valid"]) + " " if f.type is str else ""
+        parser.add_argument(flag, help=f"{f.metadata['help']} {names}[{f.default}]", **kind)
     config = cls(**vars(parser.parse_args(args)))
-    for f in fields(cls):
+    for f, flag in flags.items():
         value, valid = getattr(config, f.name), f.metadata["valid"]
         if f.type is str and valid and value not in valid:
-            near = difflib.get_close_matches(value, valid, 1) or [", ".join(valid)]
-            fail(f"{flags[f.name]} {value}: did you mean {near[0]}?")
+            near = difflib.get_close_matches(value, valid, 1) or [" or ".join(valid)]
+            fail(f"{flag} {value}: did you mean {near[0]}?")
         if f.type in (int, float) and not valid[0] <= value <= valid[1]:
-            fail(f"{flags[f.name]} {value}: must be from {valid[0]} to {valid[1]}")
+            fail(f"{flag} {value}: must be from {valid[0]} to {valid[1]}")
     return config
 
 
@@ -149,7 +132,7 @@ def parse(cls, about, args):
 
 MEAN = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)  # ImageNet's, of 0..255
 STD = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
-SHAPES = ["disc", "ring", "bar", "trefoil", "cross", "star"]  # labels of the synthetic images
+SHAPES = ["disc", "bar", "trefoil", "cross", "star", "flower"]  # classes of the synthetic images
 
 
 def set_seed(seed, stream):
@@ -158,33 +141,29 @@ def set_seed(seed, stream):
 
 
 def synthetic_images(index, size, seed=0, leaves=24):
-    """Dead leaves: textured ellipses of all sizes, one hiding the other, and an object among them.
+    """Dead leaves: textured leaves of all sizes, one hiding the other, and an object among them.
 
-    Image i is a function of (seed, i) alone. Leaf radii follow r**-3, as in natural images (Lee,
-    Mumford and Huang, 2001). Returns uint8 (n, 3, size, size) and labels (n,): places in SHAPES.
+    Image i is a function of (seed, i) alone and shows SHAPES[i % 6]. Radii follow r**-3, as in
+    natural images (Lee, Mumford, Huang, 2001). index: n integers. Returns uint8 (n, 3, size, size).
     """
-    u = np.stack([np.random.default_rng([seed, int(i)]).random((leaves + 3, 13)) for i in index])
-    u = torch.from_numpy(u).float()[..., None, None]  # (n, layers, 13, 1, 1) in 0..1
+    u = np.stack([np.random.default_rng([seed, i]).random((leaves + 3, 12)) for i in index])
+    u = torch.from_numpy(u).float()[..., None, None]  # (n, layers, 12, 1, 1) in 0..1
+    shape = torch.tensor(index)[:, None, None] % len(SHAPES)
     y, x = torch.linspace(-1, 1, size)[:, None], torch.linspace(-1, 1, size)
-    images, shape = u[:, 0, 10:].repeat(1, 1, size, size), (u[:, leaves, 0] * len(SHAPES)).long()
+    images = u[:, 0, 9:].repeat(1, 1, size, size)
     for layer in range(leaves + 3):  # the object lies on the leaves, two more leaves on the object
-        a, b, c, d, e, *t = u[:, layer, :10].unbind(1)  # each (n, 1, 1)
-        length, radius, edge, hole = 1 + 2 * a, 0.13 / (1 - 0.95 * b).sqrt(), 1.0, 0.0
-        top, left, angle = 2.4 * c - 1.2, 2.4 * d - 1.2, 2 * math.pi * e
+        top, left, turn, a, b, *t = u[:, layer, :9].unbind(1)  # each (n, 1, 1)
+        spread, radius, petals, depth = 1.2, 0.13 / (1 - 0.95 * a).sqrt(), 2, 0.5 * b
         if layer == leaves:
-            top, left, radius = top * 0.4, left * 0.4, 0.45 + 0.25 * b
-            length, hole = 1 + 2 * (shape == 2), 0.6 * (shape == 1)
-        along = ((x - left) * angle.cos() + (y - top) * angle.sin()) / (radius * length.sqrt())
-        across = ((y - top) * angle.cos() - (x - left) * angle.sin()) / (radius / length.sqrt())
-        r = (along.square() + across.square()).sqrt()
-        if layer == leaves:  # three, four or five petals
-            edge = 1 - 0.4 * (shape > 2) * (1 - (shape * torch.atan2(across, along)).cos())
-        inside = torch.minimum(edge - r, r - hole) * radius * size / 2  # in pixels
-        stripes = (9 * along * t[0] + 9 * across * t[1] + 6 * t[2]).sin()
-        shade = 0.1 + 0.3 * t[3] * stripes + 0.3 * (t[4] - 0.5) * along
-        colour = u[:, layer, 10:] * 0.8 + shade[:, None]
-        images.lerp_(colour, (inside + 0.5).clamp(0, 1)[:, None])
-    return (images.clamp(0, 1) * 255).round().byte(), shape.flatten()
+            spread, radius, petals, depth = 0.4, 0.4 + 0.2 * a, shape + (shape > 0), 0.4
+        across, down = x - spread * (2 * left - 1), y - spread * (2 * top - 1)
+        angle = torch.atan2(down, across) + 2 * math.pi * turn
+        edge = radius * (1 + depth * (petals * angle).cos())
+        inside = (edge - torch.hypot(across, down)) * size / 2 + 0.5  # in pixels
+        stripes = ((across * (t[0] - 0.5) + down * (t[1] - 0.5)) * 9 / radius + 6 * t[2]).sin()
+        colour = 0.1 + 0.8 * u[:, layer, 9:] + (0.3 * t[3] * stripes)[:, None]
+        images.lerp_(colour, inside.clamp(0, 1)[:, None])
+    return (images.clamp(0, 1) * 255).round().byte()
 
 
 def read_image(path, size=None):
@@ -202,138 +181,101 @@ def read_image(path, size=None):
 
 
 class Images(Dataset):
-    """n images. pixels: uint8 (n, 3, H, W), or None if `names` are files to be read when needed.
+    """Named images. pixels: uint8 (n, 3, H, W), or None: files, each read when its turn comes."""
 
-    As a data set, item i is (i, uint8 (3, *size)); if file i is damaged the next takes its place.
-    """
-
-    def __init__(self, names, pixels, labels, classes, size=None):
-        self.names, self.pixels, self.labels = names, pixels, labels
-        self.classes, self.size = classes, size
+    def __init__(self, names, pixels=None, size=None):
+        self.names, self.pixels, self.size = names, pixels, size
 
     def __len__(self):
         return len(self.names)
 
     def __getitem__(self, i):
-        for j in (k % len(self) for k in range(i, i + len(self))):
+        """(i, uint8 (3, *size)) of file i or, if it is damaged, of the next that is not."""
+        for j in [*range(i, len(self)), *range(i)]:
             try:
                 return j, read_image(self.names[j], self.size)
             except Exception as error:  # noqa: BLE001 (decoders raise anything)
                 print(f"skipped {self.names[j]}: {str(error)[:80]}", file=sys.stderr)
-        fail("--data: none of its images can be decoded")
+        fail(f"--data: none of its {len(self)} images can be decoded")
 
-    def batches(self, indices, device, workers):
-        """For each (B,) of `indices`: the indices and uint8 (B, 3, H, W), (1, 3, H, W) if n = 1."""
-        if self.pixels is not None:
+    def batches(self, indices, device, workers=0):
+        """For each list of indices: it, and uint8 (B, 3, H, W), or (1, 3, H, W) if n = 1."""
+        if self.pixels is None:
+            pin = torch.cuda.is_available()
+            yield from DataLoader(self, batch_sampler=indices, num_workers=workers, pin_memory=pin)
+        else:
             pixels = self.pixels.to(device)
-            for index in indices:
+            for index in map(torch.tensor, indices):
                 here = index.to(device, non_blocking=True)
                 yield index, pixels if len(self) == 1 else pixels[here]
-            return
-        lists, pin = (index.tolist() for index in indices), torch.cuda.is_available()
-        loader = DataLoader(self, batch_sampler=lists, num_workers=workers, pin_memory=pin)
-        for index, pixels in loader:
-            yield index, pixels.to(device, non_blocking=True)
 
 
-def open_data(config, split, img_size, count=0):
-    """The Images that config.data names. split: "train", "test", or "fit" and "val", which are nine
-    tenths and one tenth of train. count: so many, by a seeded permutation; 0: all.
+def open_data(config, train=True, count=0):
+    """The Images that config.data names; the folder in the name of each is its class.
+
+    count: so many of them, by a permutation that config.seed gives; 0: all.
     """
-    name, train, pixels = config.data, split != "test", None
-    try:
-        if name == "synthetic":
-            names, classes = range(5000) if train else range(10**6, 10**6 + 1000), SHAPES
-            labels = [0] * len(names)  # known once they are made
-        elif name in ("cifar10", "cifar100"):
-            found = getattr(datasets, name.upper())(config.data_dir, train, download=True)
-            names, labels, classes = range(len(found)), found.targets, found.classes
-            pixels = torch.from_numpy(found.data).permute(0, 3, 1, 2)
-        elif name == "stl10":  # train has 100,000 more without a label, -1
-            part = "train+unlabeled" if split == "train" else "train" if train else "test"
-            found = datasets.STL10(config.data_dir, part, download=True)
-            names, labels, classes = range(len(found)), found.labels, found.classes
-            pixels = torch.from_numpy(found.data)
-        else:  # a photograph, or a folder: of train/CLASS and test/CLASS, or of any depth
-            parts = (Path(name, part) for part in (["train"] if train else ["test", "val"]))
-            root = next((part for part in parts if part.is_dir()), Path(name))
-            files = [root] if root.is_file() else sorted(root.rglob("*"))
-            names = [str(f) for f in files if f.suffix.lower() in datasets.folder.IMG_EXTENSIONS]
-            folders = [Path(f).relative_to(root).parts[:-1][:1] for f in names]  # () or (CLASS,)
-            found = {folder: label for label, folder in enumerate(sorted(set(folders)))}
-            labels, classes = [found[folder] for folder in folders], ["".join(f) for f in found]
-    except (OSError, RuntimeError) as error:
-        fail(f"--data {name}: cannot be had ({str(error).splitlines()[0]})")
-    keep = np.arange(len(names))
-    if split in ("fit", "val"):
-        keep, tenth = np.random.default_rng(0).permutation(keep), len(keep) // 10
-        keep = keep[tenth:] if split == "fit" else keep[:tenth]
-    if not len(keep) or count > len(keep):
-        known = "synthetic, cifar10, cifar100, stl10, a folder or a photograph"
-        fail(f"--data {name}: {len(keep)} images found, {count or 1} wanted; it takes {known}")
-    if count:
-        keep = np.random.default_rng([config.seed, 1]).permutation(keep)[:count]
-    names, labels = [names[i] for i in keep], torch.tensor([int(labels[i]) for i in keep])
+    name, size, pixels = config.data, config.img_size, None
     if name == "synthetic":
-        return Images(names, *synthetic_images(names, img_size), classes)
-    if pixels is not None:
-        return Images(names, pixels[keep], labels, classes)
-    # Files are brought to one size: their own if they share it and it is small, or a crop's twice.
-    # From a lone photograph all crops come, so it is kept finer.
-    finest, sizes = img_size * (4 if len(names) == 1 else 2), set()
-    for file in names[:64]:
-        with suppress(Exception), Image.open(file) as image:  # what is damaged is named later
-            sizes.add(image.size[::-1])
-    own = sizes.pop() if len(sizes) == 1 else (finest + 1,)
-    data = Images(names, None, labels, classes, own if min(own) <= finest else (finest, finest))
-    if len(names) * 3 * math.prod(data.size) <= config.cache_gb * 2**30:
-        every = torch.arange(len(names))
-        read = data.batches(every.split(256), "cpu", config.workers if len(names) > 1000 else 0)
-        index, data.pixels = map(torch.cat, zip(*read))
-        good = (index == every).nonzero()[:, 0]  # the rest are damaged, and others stand there
-        if len(good) < len(every):
-            print(f"{len(every) - len(good)} of {len(every)} files skipped", file=sys.stderr)
-        data.names, data.labels = [names[i] for i in good], labels[good]
-        data.pixels = data.pixels[good]
-    return data
-
-
-def batch_indices(n, batch, seed, steps):
-    """For each of `steps` the images (B,) it takes: an epoch takes all n, in its own order."""
-    size, orders = n * -(-batch // n), {}  # a set smaller than a batch is repeated
-    for step in steps:
-        first, last = step * batch // size, ((step + 1) * batch - 1) // size
-        for epoch in {first, last} - orders.keys():
-            orders[epoch] = np.random.default_rng([seed, 2, epoch]).permutation(size)
-        orders = {epoch: orders[epoch] for epoch in (first, last)}
-        start = step * batch - first * size
-        yield torch.from_numpy(np.concatenate(list(orders.values()))[start : start + batch] % n)
-
-
-def normalise(images):
-    """0..255 to mean 0 and variance 1, by ImageNet's figures."""
-    mean, std = (figure.to(images, non_blocking=True) for figure in (MEAN, STD))
-    return (images - mean) / std
+        names = [f"{SHAPES[i % 6]}/{i}" for i in (range(5000) if train else range(5000, 6000))]
+    elif name in ("cifar10", "cifar100", "stl10"):
+        part = train if name != "stl10" else "train+unlabeled" if train else "test"
+        try:
+            found = getattr(datasets, name.upper())(config.data_dir, part, download=True)
+        except (OSError, RuntimeError) as error:
+            fail(f"--data {name}: cannot be had ({str(error).splitlines()[0]})")
+        classes = [*found.classes, "unlabelled"]  # STL10's -1
+        names = [f"{classes[label]}/{i}" for i, (_, label) in enumerate(found)]
+        pixels = [v2.functional.pil_to_tensor(image) for image, _ in found]
+    else:  # a photograph, or a folder: of train/CLASS and test/CLASS, or of any depth
+        parts = [Path(name, part) for part in (["train"] if train else ["test", "val"])]
+        root = next(filter(Path.is_dir, parts), Path(name))
+        files = [root] if root.is_file() else sorted(root.rglob("*"))
+        names = [str(f) for f in files if f.suffix.lower() in datasets.folder.IMG_EXTENSIONS]
+    if len(names) < max(1, count):
+        known = "synthetic, cifar10, cifar100, stl10, a folder or a photograph"
+        fail(f"--data {name}: {len(names)} images found, {count or 1} wanted; it takes {known}")
+    if count:
+        keep = np.random.default_rng([config.seed, 1]).permutation(len(names))[:count]
+        names, pixels = [names[i] for i in keep], pixels and [pixels[i] for i in keep]
+    if name == "synthetic":
+        return Images(names, synthetic_images([int(i.split("/")[1]) for i in names], size))
+    if pixels:
+        return Images(names, torch.stack(pixels))
+    # Files are brought to one size: to squares of a crop's side or, where they are larger, of up to
+    # twice that. A lone photograph, from which all crops come, keeps its shape and more detail.
+    n, (H, W) = len(names), Images(names)[0][1].shape[1:]
+    side = max(size, min(H, W, 2 * size if n > 1 else 4 * size))
+    shape = (side, side) if n > 1 else (side * H // min(H, W), side * W // min(H, W))
+    data = Images(names, None, shape)
+    if n * 3 * math.prod(shape) > config.cache_gb * 2**30:
+        return data
+    every = BatchSampler(range(n), 256, drop_last=False)
+    read = data.batches(every, "cpu", config.workers if n > 1000 else 0)
+    index, pixels = map(torch.cat, zip(*read))
+    return Images([names[i] for i in index], pixels)
 
 
 def crop(images, boxes, size):
-    """Cut a box from each image and resize it, all in one call: float (B, 3, size, size) in 0..255.
+    """Cut a box from each image, resize and normalise it: float (B, 3, size, size), in one call.
 
     images: uint8 (B, 3, H, W), or (1, 3, H, W) to cut all from one. boxes: (B, 4), left, top, right
     and bottom in pixels. Averages where it shrinks, so nothing aliases.
     """
-    which = torch.arange(len(boxes), device=images.device) % len(images)
-    boxes = torch.cat([which[:, None], boxes], dim=1)
-    return roi_align(images.float(), boxes, size, aligned=True)
+    which = torch.arange(len(boxes), device=boxes.device) % len(images)
+    images = images.to(boxes.device, non_blocking=True).float()
+    crops = roi_align(images, torch.cat([which[:, None], boxes], dim=1), size, aligned=True)
+    mean, std = (figure.to(crops, non_blocking=True) for figure in (MEAN, STD))
+    return (crops - mean) / std
 
 
-def random_crops(images, batch, size, smallest=0.2):
-    """RandomResizedCrop and flip of uint8 images: float (batch, 3, size, size) in 0..255.
+def random_crops(images, u, size, smallest=0.2):
+    """RandomResizedCrop and flip: float (B, 3, size, size), normalised. images: as for crop.
 
-    The area is `smallest` to 1 of the image, or from where a crop has one pixel for each of its
-    own, if that is less. The sides are in a ratio of 3/4 to 4/3.
+    u: (5, B) in 0..1, from which all is drawn. The area is `smallest` to 1 of the image, or from
+    where a crop has one pixel for each of its own, if that is less; the sides are as 3:4 to 4:3.
     """
-    (H, W), u = images.shape[2:], torch.rand(5, batch, device=images.device)
+    H, W = images.shape[2:]
     smallest = min(smallest, size * size / (H * W))
     side = ((smallest + (1 - smallest) * u[0]) * H * W).sqrt()
     stretch = ((u[1] - 0.5) * math.log(4 / 3)).exp()  # the root of the ratio
@@ -373,14 +315,10 @@ def block_mask(batch, grid, ratio, generator=None, device=None):
 
 
 def grid_mask(batch, grid, ratio, generator=None, device=None):
-    """What stays visible is spread evenly: at 0.75 it is every second row and column."""
-    shift = torch.randint(8, (batch, 1, 2), generator=generator, device=device)
-    row, col = (places(grid, device) + shift).unbind(-1)  # (B, N)
-    score = torch.rand(row.shape, generator=generator, device=device)
-    for bit, weight in enumerate((16, 4, 1)):  # an 8 x 8 Bayer matrix, the order of a dither
-        i, j = row >> bit & 1, col >> bit & 1
-        score = score - weight * ((i ^ j) * 2 + j)
-    return hide(score, ratio)
+    """Alike in all 2 x 2 patches: at 0.75 every second row and column of them stays visible."""
+    u = torch.rand(batch, math.prod(grid), generator=generator, device=device)
+    row, col = ((places(grid, device) + (u[:, None, :2] < 0.5)) % 2).unbind(-1)  # (B, N)
+    return hide(u + torch.tensor([[3, 0], [1, 2]], device=device)[row, col], ratio)
 
 
 MASKS = {"random": random_mask, "block": block_mask, "grid": grid_mask}
@@ -405,8 +343,6 @@ def unpatchify(patches, grid, patch_size):
 
 def sincos_positions(grid, dim):
     """Fixed 2-D positions (1, 1+N, D), zero for the class token; MAE's layout: column, then row."""
-    if dim % 4:
-        raise ValueError(f"sin-cos positions take a width that 4 divides, not {dim}")
     frequency = (-math.log(10000) / (dim // 4) * torch.arange(dim // 4).double()).exp()
     angle = places(grid).flip(1)[..., None] * frequency  # (N, 2, D/4)
     table = torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(1)  # (N, D)
@@ -434,9 +370,11 @@ def take(x, index):
 class Attention(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.num_heads, self.qkv, self.proj = (
+            num_heads,
+            nn.Linear(dim, 3 * dim),
+            nn.Linear(dim, dim),
+        )
 
     def forward(self, x):
         B, N, D = x.shape
@@ -450,16 +388,14 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block. drop_path: chance that a sample skips a branch in training."""
 
     def __init__(self, dim, num_heads, mlp_ratio=4.0):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, num_heads)
+        self.norm2, self.drop_path = nn.LayerNorm(dim, eps=1e-6), 0.0
         fc1, fc2 = nn.Linear(dim, int(dim * mlp_ratio)), nn.Linear(int(dim * mlp_ratio), dim)
         self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
-        self.drop_path = 0.0  # chance that a sample skips a branch in training
         for linear in (self.attn.qkv, self.attn.proj, fc1, fc2):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -505,7 +441,7 @@ class ViT(nn.Module):
 
 
 class Decoder(nn.Module):
-    """MAE's decoder: from the tokens of visible patches a prediction for each hidden one."""
+    """MAE's decoder: from the tokens of visible patches a prediction for each target patch."""
 
     def __init__(self, grid, in_dim, embed_dim, depth, num_heads, out_dim):
         super().__init__()
@@ -516,16 +452,15 @@ class Decoder(nn.Module):
         self.decoder_norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(embed_dim, out_dim)
 
-    def forward(self, tokens, mask, num_hidden=None):
-        """tokens (B, 1 + V, D) of the encoder, mask (B, N) -> (B, H, out_dim)."""
-        visible, hidden = split(mask, num_hidden)
-        cls, pos = self.decoder_pos_embed.split([1, mask.shape[1]], dim=1)
-        seen = torch.cat([cls.expand(len(mask), -1, -1), take(pos, visible)], dim=1)
-        unseen = self.mask_token + take(pos, hidden)
-        x = torch.cat([self.decoder_embed(tokens) + seen, unseen], dim=1)  # in any order: attention
-        for block in self.decoder_blocks:  # does not mind
+    def forward(self, tokens, visible, targets):
+        """tokens (B, 1 + V, D), indices visible (B, V) and targets (B, K) -> (B, K, out_dim)."""
+        pos = self.decoder_pos_embed
+        places = torch.cat([visible.new_zeros(len(visible), 1), visible + 1], dim=1)
+        x = self.decoder_embed(tokens) + take(pos, places)
+        x = torch.cat([x, self.mask_token + take(pos, targets + 1)], dim=1)  # in any order:
+        for block in self.decoder_blocks:  # attention does not mind
             x = block(x)
-        return self.decoder_pred(self.decoder_norm(x[:, -hidden.shape[1] :]))
+        return self.decoder_pred(self.decoder_norm(x[:, -targets.shape[1] :]))
 
 
 # ----------------------------------------------------------------------------- Similarities
@@ -571,45 +506,53 @@ class RelaxMIM(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        dim, depth, heads = SIZES[config.model]
+        self.config, (dim, depth, heads) = config, SIZES[config.model]
         self.encoder = ViT(config.img_size, config.patch_size, 3, dim, depth, heads)
-        out_dim = dim // 2 if config.loss == "infonce" else 3 * config.patch_size**2
+        N = math.prod(self.encoder.grid)
+        self.hidden1 = round(config.mask_ratio * N)  # patches that view 1 hides
+        self.hidden2 = N - (self.hidden1 + 1) // 2  # view 2 shows half of these, a random one
         if config.transform == "crop":  # a projection head, as in SimCLR
             self.head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
             return
+        out_dim = dim if config.loss == "infonce" else 3 * config.patch_size**2
         self.decoder = Decoder(self.encoder.grid, dim, dim, config.decoder_depth, heads, out_dim)
-        if config.loss != "mae":
-            self.head = nn.Linear(dim, out_dim)  # relax: d' of (3); infonce: from a token to its k
+        if config.loss == "relax":
+            self.head = nn.Linear(dim, out_dim)  # d' of (3)
 
-    def forward(self, view1, view2, mask, num_hidden):
-        """The loss, and a dict of figures to watch, of two views (B, C, H, W) and a mask (B, N)."""
+    def forward(self, view1, view2, mask1, mask2):
+        """The loss and a dict of figures to watch, of views (B, C, H, W) and their masks (B, N).
+
+        The targets, (B, K): for mae all that view 1 hides, else what view 2 shows of that.
+        """
         c = self.config
         if c.transform == "crop":  # conventional siamese learning: pooled features, nothing hidden
             q, k = (self.head(self.encoder(x)[:, 1:].mean(1)) for x in (view1, view2))  # (B, D)
             loss, accuracy = info_nce(q, k, c.temperature)
             return loss, {"accuracy": accuracy, "feature_std": spread(q)}
-        _, hidden = split(mask, num_hidden)
-        z1 = self.encoder(view1, mask, num_hidden)  # f(x M): (B, 1 + V, D)
-        d1 = self.decoder(z1, mask, num_hidden).float()  # d(z1): (B, H, P), or q: (B, H, D/2)
+        visible, targets = split(mask1, self.hidden1)
+        targets = targets if c.loss == "mae" else split(mask2, self.hidden2)[0]
+        z1 = self.encoder(view1, mask1, self.hidden1)  # f(x M): (B, 1 + V, D)
+        d1 = self.decoder(z1, visible, targets).float()  # d(z1): (B, K, P), or q: (B, K, D)
         figures = {"feature_std": spread(z1[:, 1:].mean(1))}
-        x = take(patchify(view1, c.patch_size), hidden)  # x (1-M): (B, H, P)
+        if c.loss == "infonce":
+            with torch.no_grad():
+                k = self.encoder(view2, mask2, self.hidden2)[:, 1:].float()  # z2: (B, K, D)
+                # Which of the image's own targets lies here? What the tokens of all images have at
+                # a place is taken out of k: it would give the place away.
+                sums = k.new_zeros(mask2.shape[1], k.shape[2])
+                sums = sums.index_add(0, targets.flatten(), k.flatten(0, 1))  # (N, D)
+                k = k - (sums / (~mask2).sum(0).clamp(min=1)[:, None])[targets]
+            loss, accuracy = info_nce(d1, k, c.temperature)
+            return loss, {**figures, "accuracy": accuracy}
+        x = take(patchify(view1, c.patch_size), targets)  # x (1-M): (B, K, P)
         if c.norm_pix:
             x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()
         if c.loss == "mae":
             return mae_loss(d1, x), figures
-        if c.loss == "relax":
-            z2 = self.encoder(view2, ~mask, mask.shape[1] - num_hidden)  # f(x (1-M)): (B, 1 + H, D)
-            d2 = self.head(z2[:, 1:]).float()  # d'(z2): (B, H, P)
-            figures["output_std"] = d2.detach().flatten(0, 1).std(0).mean()  # 0: collapsed
-            return relax_loss(d1, d2, x, c.relax_weight), figures
-        with torch.no_grad():
-            z2 = self.encoder(view2)  # f(x), nothing hidden: (B, 1 + N, D)
-        k = self.head(z2[:, 1:]).float()  # (B, N, D/2)
-        k = k - k.mean(0)  # what all images have at a place would give the place away
-        # Which of the image's hidden patches lies here? q_i = d1_i; the candidates are all of them.
-        loss, accuracy = info_nce(d1, take(k, hidden), c.temperature)
-        return loss, {**figures, "accuracy": accuracy}
+        z2 = self.encoder(view2, mask2, self.hidden2)
+        d2 = self.head(z2[:, 1:]).float()  # d'(z2): (B, K, P)
+        figures["output_std"] = d2.detach().flatten(0, 1).std(0).mean()  # 0: collapsed
+        return relax_loss(d1, d2, x, c.relax_weight), figures
 
 
 def spread(features):
@@ -626,9 +569,9 @@ def invariance(encoder, images, mask):
     """
     a, b = (encoder(images, m)[:, 1:].float().mean(1) for m in (None, mask))  # (B, D)
     centre = torch.cat([a, b]).mean(0)
-    a, b = F.normalize(a - centre, dim=1), F.normalize(b - centre, dim=1)
-    same, every, B = (a * b).sum(), (a.sum(0) * b.sum(0)).sum(), len(a)
-    return (same / B).item(), ((every - same) / (B * B - B)).item()
+    cosine = F.normalize(a - centre, dim=1) @ F.normalize(b - centre, dim=1).T  # (B, B)
+    same, B = cosine.diagonal().mean(), len(a)
+    return same.item(), ((cosine.mean() * B - same) / (B - 1)).item()
 
 
 @torch.no_grad()
@@ -641,16 +584,16 @@ def draw(model, images, mask, folder):
     """
     p, grid, (visible, hidden) = model.encoder.patch_size, model.encoder.grid, split(mask)
     x = patchify((images * STD.to(images) + MEAN.to(images)) / 255, p)  # (B, N, P) in 0..1
-    shown = x.masked_fill(mask[..., None], 0.5)
-    whole, masked = (model.encoder(images, m).float()[:, 1:] for m in (None, mask))
+    shown, z = x.masked_fill(mask[..., None], 0.5), model.encoder(images, mask).float()
+    whole = model.encoder(images)[:, 1:].float()
     centre = whole.mean(0, keepdim=True)  # of each position: (1, N, D)
     axes = torch.linalg.svd((whole - centre).flatten(0, 1), full_matrices=False)[2][:3].T
-    a, b = (whole - centre) @ axes, (masked - take(centre, visible)) @ axes  # (B, N or V, 3)
+    a, b = (whole - centre) @ axes, (z[:, 1:] - take(centre, visible)) @ axes  # (B, N or V, 3)
     b = torch.zeros_like(a).scatter(1, visible[..., None].expand_as(b), b)
-    scale = 4 * a.flatten(0, 1).std(0)
-    pictures = {"features": [x, shown, *((c / scale + 0.5).repeat(1, 1, p * p) for c in (a, b))]}
+    colours = ((c / (4 * a.std((0, 1))) + 0.5).repeat(1, 1, p * p) for c in (a, b))
+    pictures = {"features": [x, shown, *colours]}
     if model.config.loss != "infonce":
-        d = model.decoder(model.encoder(images, mask), mask).float()  # (B, H, P)
+        d = model.decoder(z, visible, hidden).float()  # (B, H, P)
         if model.config.norm_pix:
             at = places(grid, x.device).float()
             away = torch.cdist(at, at)[hidden].masked_fill(mask[:, None], math.inf)  # (B, H, N)
@@ -671,17 +614,16 @@ FREE = {"steps", "out", "resume", "overwrite", "save_every", "workers", "cache_g
 
 
 def learning_rate(step, config):
-    """Linear warm-up, then half a cosine down to 0: a function of the step."""
-    rise = max(1, round(config.warmup * config.steps))
-    fall = (step - rise) / max(1, config.steps - rise)
-    return config.lr * ((step + 1) / rise if step < rise else 0.5 + 0.5 * math.cos(math.pi * fall))
+    """Up in a tenth of the steps, then down half a cosine to 0: a function of the step."""
+    rise = max(1, config.steps // 10)
+    fall = max(0, step - rise) / max(1, config.steps - rise)
+    return config.lr * min((step + 1) / rise, 0.5 + 0.5 * math.cos(math.pi * fall))
 
 
 def pick_device(config):
     """The device asked for, or the best there is; and autocast to bfloat16 where that is native."""
-    there = torch.accelerator.is_available()
-    best = torch.accelerator.current_accelerator().type if there else "cpu"
-    device = best if config.device == "auto" else config.device
+    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = config.device if config.device != "auto" else best.type if best else "cpu"
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError):
@@ -697,25 +639,16 @@ def load_checkpoint(path):
     path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if content["format"] > FORMAT:
-            fail(f"format {content['format']} is newer than this script's {FORMAT}")
-        return content
+        if content["format"] <= FORMAT:
+            return content
+        reason = f"format {content['format']}, newer than this script"
     except Exception as error:  # noqa: BLE001 (damaged files make torch raise anything)
         reason = str(error).strip().split("\n")[0][:80]
-        fail(f"{path}: not a checkpoint of this project ({reason})")
-
-
-def save_checkpoint(folder, content):
-    """Written beside, flushed to the disk, then renamed: a crash leaves the old or the new one."""
-    with open(folder / "checkpoint.tmp", "wb") as file:
-        torch.save({"format": FORMAT, **content}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
+    fail(f"{path}: not a checkpoint that can be used here ({reason})")
 
 
 def start_run(config):
-    """See that a run can be had in config.out. Returns the checkpoint to resume from, or None."""
+    """See that config.out can be written. Returns the checkpoint to resume from, or None."""
     folder, settings = Path(config.out), asdict(config)
     if config.resume:
         content = load_checkpoint(folder)
@@ -729,13 +662,13 @@ def start_run(config):
         fail(f"--out {folder}: not empty; add --resume or --overwrite, or name another")
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
-        fail(f"--out {folder}: cannot be written in {above}")
+        fail(f"--out {folder}: cannot be written in {above}; name another")
 
 
-def decay_groups(named, weight_decay, scale=1.0):
+def decay_groups(parameters, weight_decay, scale=1.0):
     """Parameter groups in which only what has two dimensions or more decays."""
-    matrices = {"params": [p for p in named if p.ndim > 1], "weight_decay": weight_decay}
-    vectors = {"params": [p for p in named if p.ndim < 2], "weight_decay": 0.0}
+    matrices = {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay}
+    vectors = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
     return [{**group, "scale": scale} for group in (matrices, vectors)]
 
 
@@ -743,23 +676,18 @@ def fit(config, parts, optimizer, resumed, data, device, forward, watch):
     """The one loop: from the step that `resumed` had come to, or 0, to config.steps.
 
     parts: the modules by their names in checkpoint.pt. forward(index, pixels): the loss and a dict
-    of figures of one batch, tensors all; watch(): figures that cost more, for each fifth line of
-    the log. Nothing makes a GPU wait but the log. Returns the last line of the log.
+    of figures of one batch, tensors all; watch(): figures that cost more. Nothing makes a GPU wait
+    but the log. Returns the last line of the log.
     """
-    first, folder, caught = 0, Path(config.out), []
-    log = folder / "log.jsonl"
+    first, T, B, folder, caught = 0, config.steps, config.batch_size, Path(config.out), []
+    log, lines = folder / "log.jsonl", []
     folder.mkdir(parents=True, exist_ok=True)
     if resumed:
-        first = resumed["step"]
-        for name, part in parts.items():
+        first, lines = resumed["step"], log.read_text().splitlines(keepends=True)
+        for name, part in {**parts, "optimizer": optimizer}.items():
             part.load_state_dict(resumed[name])
-        optimizer.load_state_dict(resumed["optimizer"])
-        lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= first]
-        log.write_text("".join(line + "\n" for line in lines))
-    else:
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
-        (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-        log.write_text("")
+    log.write_text("".join(line for line in lines if json.loads(line)["step"] <= first))
+    (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
     (folder / "images.txt").write_text("".join(f"{name}\n" for name in data.names))
 
     def stop(number, frame):  # a second Ctrl-C or SIGTERM ends the program at once
@@ -768,18 +696,18 @@ def fit(config, parts, optimizer, resumed, data, device, forward, watch):
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-    B, n, since, watched = config.batch_size, len(data), None, watch()
     weights = [p for group in optimizer.param_groups for p in group["params"]]
-    print(
-        f"{n} images, {config.steps} steps of {B} = {config.steps * B / n:.1f} epochs, on {device}"
-    )
-    order = batch_indices(n, B, config.seed, range(first, config.steps))
-    bar = tqdm(data.batches(order, device, config.workers), total=config.steps, initial=first)
+    print(f"{len(data)} images, {T} steps of {B} = {T * B / len(data):.1f} epochs, on {device}")
+    order = torch.Generator().manual_seed(config.seed)  # each epoch takes all images once
+    order = RandomSampler(data, num_samples=T * B, generator=order)
+    indices = islice(BatchSampler(order, B, drop_last=False), first, None)
+    bar = data.batches(indices, device, config.workers)
+    bar = tqdm(bar, total=T, initial=first, unit=" images", unit_scale=B)
     for step, (index, pixels) in enumerate(bar, first + 1):
         set_seed(config.seed, step)  # all that is random in a step is a function of its number
         loss, figures = forward(index, pixels)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(weights, config.clip_grad)
+        norm = nn.utils.clip_grad_norm_(weights, 3.0)
         rate = learning_rate(step - 1, config)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
@@ -787,29 +715,28 @@ def fit(config, parts, optimizer, resumed, data, device, forward, watch):
         optimizer.step()
         optimizer.zero_grad()
 
-        last = step == config.steps or bool(caught)
+        last = step == T or bool(caught)
         if step == 1 or step % LOG_EVERY == 0 or last:
             if not (loss.isfinite() and norm.isfinite()):
+                bar.close()
                 fail(f"step {step}: the loss is not finite, and no weight moved; try a lower --lr")
-            if step % (5 * LOG_EVERY) == 0 or last:
-                watched = watch()
-            now = time.perf_counter()
-            speed = 0.0 if since is None else B * (step - since[0]) / (now - since[1])
-            since = step, now
             line = {"step": step, "loss": loss.item(), "lr": rate, "grad_norm": norm.item()}
-            line |= {name: value.item() for name, value in figures.items()}
-            line |= {**watched, "images_per_s": round(speed, 1)}
+            line |= {name: value.item() for name, value in figures.items()} | watch()
+            line["images_per_s"] = round(B * (bar.format_dict["rate"] or 0.0), 1)
             with open(log, "a") as file:
                 file.write(json.dumps(line) + "\n")
-            shown = ", ".join(f"{k} {line[k]:.3f}" for k in ("loss", *watched))
-            bar.set_postfix_str(f"{shown}, {speed:.0f} images/s")
+            bar.set_postfix({k: f"{line[k]:.3f}" for k in ("loss", "invariance") if k in line})
         if step % config.save_every == 0 or last:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"step": step, "optimizer": optimizer.state_dict()}
-            save_checkpoint(folder, {"config": asdict(config), **state})
-        if caught and step < config.steps:
+            content = {name: part.state_dict() for name, part in parts.items()}
+            content |= {"format": FORMAT, "config": asdict(config), "step": step}
+            with open(folder / "checkpoint.tmp", "wb") as file:
+                torch.save({**content, "optimizer": optimizer.state_dict()}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(file.name, folder / "checkpoint.pt")  # a crash leaves the old or the new
+        if caught and step < T:
             bar.close()
-            print(f"stopped after step {step}; go on with: python {shlex.join(sys.argv)} --resume")
+            print(f"stopped after step {step}; the same command with --resume goes on")
             raise SystemExit(128 + caught[0])
     return line
 
@@ -818,57 +745,51 @@ def train(config):
     """One pretraining run, from data to pictures."""
     device, autocast = pick_device(config)
     resumed = start_run(config)
-    data = open_data(config, "train", config.img_size, config.num_images)
+    data = open_data(config, count=config.num_images)
     set_seed(config.seed, 2**32)
     model = RelaxMIM(config).to(device)
     groups = decay_groups(list(model.parameters()), config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
     if device.startswith("cuda"):
         model.compile()
-    size, B, ratio = config.img_size, config.batch_size, config.mask_ratio
-    make_mask = MASKS[config.mask]
+    jitter = v2.Compose([v2.ColorJitter(0.4, 0.4, 0.4, 0.1), v2.RandomGrayscale(0.2)])
 
-    # 256 crops and masks, the same each time, by which the claim is measured
-    set_seed(config.seed, 2**32 + 1)
-    index = next(batch_indices(len(data), 256, config.seed, [0]))
-    probe = normalise(random_crops(next(data.batches([index], device, 0))[1], 256, size))
-    probe_mask = make_mask(256, model.encoder.grid, ratio, device=device)
+    def views(pixels, B):
+        """Of B images two views (B, 3, H, W) and what of each is to be hidden (B, N)."""
+        u, N = torch.rand(2, 5, B, device=device), math.prod(model.encoder.grid)
+        view1 = view2 = random_crops(pixels, u[0], config.img_size)
+        if config.transform == "crop":  # two crops, each with colours of its own, as in SimCLR
+            sources = (torch.stack([jitter(x) for x in pixels.expand(B, -1, -1, -1)]) for _ in u)
+            view1, view2 = (random_crops(x, v, config.img_size) for x, v in zip(sources, u))
+        mask1 = MASKS[config.mask](B, model.encoder.grid, config.mask_ratio, device=device)
+        # view 2 hides what view 1 shows and half of the rest: smallest scores are hidden first
+        mask2 = hide(torch.rand(B, N, device=device) + mask1, model.hidden2 / N)
+        return view1, view2, mask1, mask2
+
+    def forward(index, pixels):
+        with autocast:
+            return model(*views(pixels, config.batch_size))
 
     def watch():
         with autocast:
             same, different = invariance(model.encoder, probe, probe_mask)
         return {"invariance": same, "different": different}
 
-    def forward(index, pixels):
-        view1 = view2 = random_crops(pixels, B, size)
-        if config.transform == "crop":  # two crops, each with colours of its own, as in SimCLR
-            jitter = v2.Compose([v2.ColorJitter(0.4, 0.4, 0.4, 0.1), v2.RandomGrayscale(0.2)])
-            views = view1, random_crops(pixels, B, size)
-            view1, view2 = (torch.stack([jitter(x / 255) * 255 for x in view]) for view in views)
-        mask = make_mask(B, model.encoder.grid, ratio, device=device)
-        with autocast:
-            return model(normalise(view1), normalise(view2), mask, round(ratio * mask.shape[1]))
-
+    set_seed(config.seed, 2**32 + 1)  # 64 crops and masks, by which the claim is measured
+    index = torch.randperm(max(64, len(data)))[:64] % len(data)
+    _, pixels = next(data.batches([index.tolist()], device))
+    probe, _, probe_mask, _ = views(pixels, 64)
     before, parts = watch(), dict(model.named_children())
     line = fit(config, parts, optimizer, resumed, data, device, forward, watch)
     draw(model, probe, probe_mask, Path(config.out))
     if config.loss == "infonce":
-        rivals = B if config.transform == "crop" else round(ratio * probe_mask.shape[1])
+        rivals = probe_mask.shape[1] - model.hidden2
+        rivals = config.batch_size if config.transform == "crop" else rivals
         log = f"log(candidates) {math.log(rivals):.2f}"
         print(f"{log}, accuracy {line['accuracy']:.3f} where chance is {1 / rivals:.3f}")
     for name, what in (("invariance", "an image and its masked self"), ("different", "two images")):
         print(f"cosine of {what}: {before[name]:.3f} at the start, {line[name]:.3f} at the end")
     print(f"loss {line['loss']:.3f}; written to {config.out}")
-
-
-def run(main):
-    """Run a script: a mistake of the user's becomes one line and exit status 2."""
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        message = str(error).split("UserError: ")[-1].strip()  # a worker's comes with its traceback
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 def main(args):
@@ -887,4 +808,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(main)
+    main(sys.argv[1:])

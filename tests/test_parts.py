@@ -12,18 +12,22 @@ from finetune import Classifier, layer_groups
 from finetune import Config as FinetuneConfig
 from relaxmim import (
     MASKS,
+    MEAN,
     SIZES,
+    STD,
     Config,
     Decoder,
+    Images,
     RelaxMIM,
     ViT,
-    batch_indices,
     crop,
+    decay_groups,
+    fit,
+    hide,
     info_nce,
     invariance,
     learning_rate,
     mae_loss,
-    normalise,
     patchify,
     random_crops,
     random_mask,
@@ -204,6 +208,7 @@ def test_the_decoder_answers_for_hidden_positions_in_order():
     decoder = Decoder((4, 4), 32, 32, 2, 2, 6).eval()
     tokens, mask = torch.randn(2, 1 + 4, 32), random_mask(2, (4, 4), 0.75)
     visible, hidden = split(mask)
+    hidden = hidden.flip(1)  # in any order
     # MAE's way: every token at its place, the class token first
     x = decoder.decoder_embed(tokens)
     full = decoder.mask_token.expand(2, 16, -1).clone()
@@ -214,7 +219,7 @@ def test_the_decoder_answers_for_hidden_positions_in_order():
         x = block(x)
     x = decoder.decoder_pred(decoder.decoder_norm(x))[:, 1:]
     expected = torch.stack([x[b, hidden[b]] for b in range(2)])
-    torch.testing.assert_close(decoder(tokens, mask), expected)
+    torch.testing.assert_close(decoder(tokens, visible, hidden), expected)
 
 
 # ----------------------------------------------------------------------------- similarities
@@ -272,30 +277,35 @@ def test_features_that_do_not_depend_on_the_image_give_log_n(n):
 # --------------------------------------------------------------------------------- RelaxMIM
 
 
-def views_and_mask(B=16):
-    images, mask = torch.randn(B, 3, 32, 32), random_mask(B, (8, 8), 0.75)
-    return images, images, mask, 48
+def views_and_masks(B=16):
+    """Twice the same images, and the masks of the default configuration."""
+    images, mask1 = torch.randn(B, 3, 32, 32), random_mask(B, (8, 8), 0.75)
+    return images, images, mask1, hide(torch.rand(B, 64) + mask1, 40 / 64)
 
 
 @pytest.mark.parametrize("loss", ["mae", "relax", "infonce"])
 def test_every_weight_gets_a_gradient(loss):
     model = RelaxMIM(Config(loss=loss))
-    model(*views_and_mask())[0].backward()
+    model(*views_and_masks())[0].backward()
     unused = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert unused == []
 
 
 @pytest.mark.parametrize("loss, expected", [("relax", True), ("infonce", False)])
 def test_only_relax_has_a_gradient_through_its_second_view(loss, expected):
-    view1, _, mask, num_hidden = views_and_mask()
+    view1, _, mask1, mask2 = views_and_masks()
     view2 = view1.clone().requires_grad_()
-    RelaxMIM(Config(loss=loss))(view1, view2, mask, num_hidden)[0].backward()
+    RelaxMIM(Config(loss=loss))(view1, view2, mask1, mask2)[0].backward()
     assert (view2.grad is not None and bool(view2.grad.any())) == expected
+    if expected:  # view 2 shows half of what view 1 hides, and nothing else
+        seen = patchify(view2.grad, 4).any(-1)
+        assert torch.equal(seen, ~mask2) and not (seen & ~mask1).any()
+        assert (seen.sum(1) == 24).all()
 
 
 def test_infonce_starts_near_log_of_the_candidates():
-    loss, figures = RelaxMIM(Config(loss="infonce"))(*views_and_mask(64))  # of 48 hidden patches
-    assert math.log(48) - 0.1 < loss.item() < math.log(48) + 0.4 and figures["accuracy"] < 0.2
+    loss, figures = RelaxMIM(Config(loss="infonce"))(*views_and_masks(64))  # of 24 targets
+    assert math.log(24) - 0.1 < loss.item() < math.log(24) + 0.4 and figures["accuracy"] < 0.2
 
 
 def test_norm_pix_changes_the_target_to_mean_0_and_variance_1():
@@ -303,11 +313,11 @@ def test_norm_pix_changes_the_target_to_mean_0_and_variance_1():
     model = RelaxMIM(Config(loss="mae"))
     for parameter in model.decoder.decoder_pred.parameters():
         parameter.data.zero_()
-    loss, _ = model(*views_and_mask())
+    loss, _ = model(*views_and_masks())
     assert loss.item() == pytest.approx(47 / 48, rel=1e-3)
     model.config.norm_pix = False
-    images, _, mask, _ = views = views_and_mask()
-    hidden = patchify(images, 4)[mask]
+    images, _, mask1, _ = views = views_and_masks()
+    hidden = patchify(images, 4)[mask1]
     torch.testing.assert_close(model(*views)[0], hidden.square().mean())
 
 
@@ -337,6 +347,7 @@ def test_the_batched_crop_is_torchvision_s_one_by_one(size):
     images = smooth_images(4, 40, 50)
     boxes = torch.tensor([[5, 3, 35, 23], [0, 0, 50, 40], [7, 10, 18, 19], [20, 20, 24, 24]])
     ours, one = crop(images, boxes.float(), size), crop(images[:1], boxes.float(), size)
+    ours, one = ours * STD + MEAN, one * STD + MEAN
     for i, (left, top, right, bottom) in enumerate(boxes.tolist()):
         for source, result in ((images[i], ours[i]), (images[0], one[i])):
             cut = source.float()[:, top:bottom, left:right]
@@ -348,15 +359,15 @@ def test_the_batched_crop_is_torchvision_s_one_by_one(size):
             assert (result - shifted).abs().mean() > 1.5
 
 
-def test_normalise():
-    images = torch.rand(2, 3, 4, 4) * 255
+def test_crops_are_normalised_as_torchvision_does():
+    images, boxes = torch.randint(256, (2, 3, 8, 8)).byte(), torch.tensor([[0.0, 0, 8, 8]] * 2)
     expected = tv.normalize(images / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    torch.testing.assert_close(normalise(images), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(crop(images, boxes, 8), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_random_crops_stay_inside_and_vary():
     ramp = torch.arange(60, dtype=torch.uint8).view(1, 1, 1, 60).expand(1, 3, 60, 60)
-    crops = random_crops(ramp, 400, 30)
+    crops = random_crops(ramp, torch.rand(5, 400), 30) * STD + MEAN
     assert crops.min() >= -1e-3 and crops.max() <= 59.001
     spans = (crops[:, 0, 0, -1] - crops[:, 0, 0, 0]) * 30 / 29  # signed by the flip
     share = (spans.abs() / 60) ** 2  # of the area, up to the aspect ratio
@@ -365,32 +376,42 @@ def test_random_crops_stay_inside_and_vary():
 
 
 def test_synthetic_images_depend_on_their_index_and_seed_alone():
-    images, labels = synthetic_images([5, 9, 700], 32)
-    again, same = synthetic_images([700, 5], 32)
-    assert torch.equal(images[[2, 0]], again) and torch.equal(labels[[2, 0]], same)
-    assert not torch.equal(images, synthetic_images([5, 9, 700], 32, seed=1)[0])
+    images = synthetic_images([5, 9, 700], 32)
+    assert torch.equal(images[[2, 0]], synthetic_images([700, 5], 32))
+    assert not torch.equal(images, synthetic_images([5, 9, 700], 32, seed=1))
 
 
-def test_an_epoch_takes_every_image_once():
-    for n, batch in ((10, 4), (3, 8), (1, 5)):
-        size = n * -(-batch // n)
-        steps = torch.cat(list(batch_indices(n, batch, 0, range(3 * size))))
-        for epoch in steps[: 3 * size].view(3, size):
-            assert torch.equal(epoch.bincount(minlength=n), torch.full((n,), size // n))
+def indices_of_a_run(n, batch, steps, seed, out):
+    """The images that each step of the training loop takes."""
+    taken, model = [], torch.nn.Linear(1, 1)
+
+    def forward(index, pixels):
+        taken.append(index)
+        return model(torch.ones(1)).sum(), {}
+
+    config = Config(batch_size=batch, steps=steps, seed=seed, out=str(out))
+    optimizer = torch.optim.AdamW(decay_groups(list(model.parameters()), 0.0), fused=True)
+    data = Images([str(i) for i in range(n)], torch.zeros(n, 3, 4, 4, dtype=torch.uint8))
+    fit(config, {"encoder": model}, optimizer, None, data, "cpu", forward, dict)
+    return torch.cat(taken)
 
 
-def test_the_images_of_a_step_depend_on_seed_and_step_alone():
-    steps = list(batch_indices(10, 4, 0, range(20)))
-    assert torch.equal(torch.cat(steps[7:]), torch.cat(list(batch_indices(10, 4, 0, range(7, 20)))))
-    a, b, c = *batch_indices(50, 50, 0, range(2)), *batch_indices(50, 50, 1, [0])
-    assert not torch.equal(a, b) and not torch.equal(a, c)
+@pytest.mark.parametrize("n, batch", [(10, 4), (3, 8), (1, 5)])
+def test_an_epoch_takes_every_image_once_in_an_order_of_the_seed(n, batch, tmp_path):
+    taken = indices_of_a_run(n, batch, n, 0, tmp_path)
+    assert taken.shape == (n * batch,)
+    for epoch in taken.view(batch, n):
+        assert torch.equal(epoch.sort().values, torch.arange(n))
+    assert torch.equal(indices_of_a_run(n, batch, n, 0, tmp_path), taken)
+    assert n < 10 or not torch.equal(indices_of_a_run(n, batch, n, 1, tmp_path), taken)
+    assert n < 10 or not torch.equal(taken[:n], taken[n : 2 * n])
 
 
 # --------------------------------------------------------------------------------- training
 
 
 def test_learning_rate_rises_then_falls_to_0():
-    config = Config(steps=100, lr=2.0, warmup=0.1)
+    config = Config(steps=100, lr=2.0)
     rates = [learning_rate(step, config) for step in range(101)]
     assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == pytest.approx(2.0)
     assert rates[55] == pytest.approx(1.0) and rates[100] == pytest.approx(0.0)
@@ -423,12 +444,13 @@ def test_a_training_step_makes_no_tensor_on_the_wrong_device(loss):
                 raise
             pytest.skip("this version of torch wants a driver even for fake tensors on CUDA")
         pixels = torch.zeros(4, 3, 40, 40, dtype=torch.uint8, device="cuda")
-        images = random_crops(pixels, 4, 32)
+        images = random_crops(pixels, torch.rand(5, 4, device="cuda"), 32)
         for make in MASKS.values():
             mask = make(4, (8, 8), 0.75, device="cuda")
+            mask2 = hide(torch.rand(4, 64, device="cuda") + mask, 40 / 64)
             with torch.autocast("cuda", torch.bfloat16):
-                value, figures = model(images, images, mask, 48)
-            tensors = [images, mask, value, *figures.values()]
+                value, figures = model(images, images, mask, mask2)
+            tensors = [images, mask, mask2, value, *figures.values()]
             assert {str(t.device) for t in tensors} == {"cuda:0"}
 
 

@@ -24,11 +24,15 @@ from torch.utils.data import BatchSampler
 from torchvision.transforms import v2
 
 from relaxmim import (
+    MINE,
+    RANK,
     SIZES,
+    WORLD,
     Images,
     ViT,
     crop,
     decay_groups,
+    distribute,
     fail,
     fit,
     load_checkpoint,
@@ -206,20 +210,21 @@ def train(config, source):
     mixes = [v2.MixUp(alpha=config.mixup, num_classes=n)] if config.mixup else []
     mixes += [v2.CutMix(alpha=config.cutmix, num_classes=n)] if config.cutmix else []
     mix = v2.RandomChoice(mixes) if mixes and not config.linear_probe else v2.Identity()
-    if device.startswith("cuda"):
-        model.compile()
+    net = distribute(model, device)
 
     def forward(index, pixels):
         model.train()
-        u = torch.rand(5, config.batch_size, device=device)
+        u = torch.rand(5, config.batch_size, device=device)[:, MINE]
         images = random_crops(pixels, u, size, config.smallest_crop)
         images, target = mix(images, labels[index.to(device, non_blocking=True)])
         with autocast:
-            logits = model(images).float()
+            logits = net(images).float()
         return F.cross_entropy(logits, target, label_smoothing=config.label_smoothing), {}
 
     parts = {"encoder": model}
     fit(config, parts, optimizer, resumed, data, device, forward, dict)
+    if RANK > 0:
+        return
     if config.linear_probe:
         now = model.state_dict()
         moved = [k for k, v in frozen.items() if "fc_norm" not in k and (now[k] != v).any()]
@@ -246,6 +251,8 @@ def main(args):
         setattr(config, name, getattr(config, name) or known[name])
     if config.img_size % config.patch_size:
         fail(f"--patch-size {config.patch_size}: must divide --img-size {config.img_size}")
+    if config.batch_size % WORLD:
+        fail(f"--batch-size {config.batch_size}: must be a multiple of {WORLD}, the processes")
     folder = Path(config.data)
     if folder.exists() and not all(
         any((folder / part).is_dir() for part in parts) for parts in (["train"], ["test", "val"])

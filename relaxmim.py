@@ -40,7 +40,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.nn.functional import all_gather
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 from torchvision import datasets
 from torchvision.ops import roi_align, stochastic_depth
@@ -500,6 +502,15 @@ def info_nce(q, k, temperature):
 
 # --------------------------------------------------------------------------------- RelaxMIM
 
+# torchrun starts WORLD processes; of a batch each takes the rows MINE
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+MINE = slice(RANK, None, WORLD)
+
+
+def gather(x):
+    """The rows (B, ...) that all processes have of x, in the batch's order, with gradients."""
+    return x if WORLD == 1 else torch.stack(all_gather(x), dim=1).flatten(0, 1)
+
 
 class RelaxMIM(nn.Module):
     """Two views of each image, one encoder f, and a measurement of how alike it finds them."""
@@ -527,7 +538,7 @@ class RelaxMIM(nn.Module):
         c = self.config
         if c.transform == "crop":  # conventional siamese learning: pooled features, nothing hidden
             q, k = (self.head(self.encoder(x)[:, 1:].mean(1)) for x in (view1, view2))  # (B, D)
-            loss, accuracy = info_nce(q, k, c.temperature)
+            loss, accuracy = info_nce(gather(q), gather(k), c.temperature)
             return loss, {"accuracy": accuracy, "feature_std": spread(q)}
         visible, targets = split(mask1, self.hidden1)
         targets = targets if c.loss == "mae" else split(mask2, self.hidden2)[0]
@@ -541,7 +552,8 @@ class RelaxMIM(nn.Module):
                 # a place is taken out of k: it would give the place away.
                 sums = k.new_zeros(mask2.shape[1], k.shape[2])
                 sums = sums.index_add(0, targets.flatten(), k.flatten(0, 1))  # (N, D)
-                k = k - (sums / (~mask2).sum(0).clamp(min=1)[:, None])[targets]
+                count = gather((~mask2).sum(0)[None]).sum(0).clamp(min=1)  # (N,)
+                k = k - (gather(sums[None]).sum(0) / count[:, None])[targets]
             loss, accuracy = info_nce(d1, k, c.temperature)
             return loss, {**figures, "accuracy": accuracy}
         x = take(patchify(view1, c.patch_size), targets)  # x (1-M): (B, K, P)
@@ -628,6 +640,10 @@ def pick_device(config):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError):
         fail(f"--device {device}: not to be had here; auto takes what is")
+    if WORLD > 1:
+        if not distributed.is_initialized():
+            distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
     native = device == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
     native |= device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
     low = native if config.precision == "auto" else config.precision == "bfloat16"
@@ -665,6 +681,13 @@ def start_run(config):
         fail(f"--out {folder}: cannot be written in {above}; name another")
 
 
+def distribute(model, device):
+    """The model to be called in training: compiled on CUDA, its gradients those of all processes."""
+    if device.startswith("cuda"):
+        model.compile()
+    return DistributedDataParallel(model) if WORLD > 1 else model
+
+
 def decay_groups(parameters, weight_decay, scale=1.0):
     """Parameter groups in which only what has two dimensions or more decays."""
     matrices = {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay}
@@ -681,14 +704,16 @@ def fit(config, parts, optimizer, resumed, data, device, forward, watch):
     """
     first, T, B, folder, caught = 0, config.steps, config.batch_size, Path(config.out), []
     log, lines = folder / "log.jsonl", []
-    folder.mkdir(parents=True, exist_ok=True)
     if resumed:
         first, lines = resumed["step"], log.read_text().splitlines(keepends=True)
         for name, part in {**parts, "optimizer": optimizer}.items():
             part.load_state_dict(resumed[name])
-    log.write_text("".join(line for line in lines if json.loads(line)["step"] <= first))
-    (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-    (folder / "images.txt").write_text("".join(f"{name}\n" for name in data.names))
+    if RANK == 0:  # which alone writes
+        folder.mkdir(parents=True, exist_ok=True)
+        log.write_text("".join(line for line in lines if json.loads(line)["step"] <= first))
+        (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+        (folder / "images.txt").write_text("".join(f"{name}\n" for name in data.names))
+        print(f"{len(data)} images, {T} steps of {B} = {T * B / len(data):.1f} epochs, on {device}")
 
     def stop(number, frame):  # a second Ctrl-C or SIGTERM ends the program at once
         caught.append(number)
@@ -697,12 +722,11 @@ def fit(config, parts, optimizer, resumed, data, device, forward, watch):
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     weights = [p for group in optimizer.param_groups for p in group["params"]]
-    print(f"{len(data)} images, {T} steps of {B} = {T * B / len(data):.1f} epochs, on {device}")
     order = torch.Generator().manual_seed(config.seed)  # each epoch takes all images once
     order = RandomSampler(data, num_samples=T * B, generator=order)
-    indices = islice(BatchSampler(order, B, drop_last=False), first, None)
-    bar = data.batches(indices, device, config.workers)
-    bar = tqdm(bar, total=T, initial=first, unit=" images", unit_scale=B)
+    order = islice(BatchSampler(order, B, drop_last=False), first, None)
+    bar = data.batches((index[MINE] for index in order), device, config.workers)
+    bar = tqdm(bar, total=T, initial=first, unit=" images", unit_scale=B, disable=RANK > 0)
     for step, (index, pixels) in enumerate(bar, first + 1):
         set_seed(config.seed, step)  # all that is random in a step is a function of its number
         loss, figures = forward(index, pixels)
@@ -715,18 +739,24 @@ def fit(config, parts, optimizer, resumed, data, device, forward, watch):
         optimizer.step()
         optimizer.zero_grad()
 
-        last = step == T or bool(caught)
-        if step == 1 or step % LOG_EVERY == 0 or last:
+        logged = step == 1 or step % LOG_EVERY == 0
+        halt = caught[0] if caught else 0
+        if WORLD > 1:  # all stop after the same step
+            halt = int(gather(torch.tensor([halt], device=device)).max()) if logged else 0
+        last = step == T or halt > 0
+        if logged or last:
+            loss = gather(loss.detach()[None]).mean()
             if not (loss.isfinite() and norm.isfinite()):
                 bar.close()
                 fail(f"step {step}: the loss is not finite, and no weight moved; try a lower --lr")
             line = {"step": step, "loss": loss.item(), "lr": rate, "grad_norm": norm.item()}
             line |= {name: value.item() for name, value in figures.items()} | watch()
             line["images_per_s"] = round(B * (bar.format_dict["rate"] or 0.0), 1)
-            with open(log, "a") as file:
-                file.write(json.dumps(line) + "\n")
             bar.set_postfix({k: f"{line[k]:.3f}" for k in ("loss", "invariance") if k in line})
-        if step % config.save_every == 0 or last:
+            if RANK == 0:
+                with open(log, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+        if (step % config.save_every == 0 or last) and RANK == 0:
             content = {name: part.state_dict() for name, part in parts.items()}
             content |= {"format": FORMAT, "config": asdict(config), "step": step}
             with open(folder / "checkpoint.tmp", "wb") as file:
@@ -734,10 +764,10 @@ def fit(config, parts, optimizer, resumed, data, device, forward, watch):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(file.name, folder / "checkpoint.pt")  # a crash leaves the old or the new
-        if caught and step < T:
+        if halt and step < T:
             bar.close()
             print(f"stopped after step {step}; the same command with --resume goes on")
-            raise SystemExit(128 + caught[0])
+            raise SystemExit(128 + halt)
     return line
 
 
@@ -750,25 +780,25 @@ def train(config):
     model = RelaxMIM(config).to(device)
     groups = decay_groups(list(model.parameters()), config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
-    if device.startswith("cuda"):
-        model.compile()
+    net = distribute(model, device)
     jitter = v2.Compose([v2.ColorJitter(0.4, 0.4, 0.4, 0.1), v2.RandomGrayscale(0.2)])
 
-    def views(pixels, B):
-        """Of B images two views (B, 3, H, W) and what of each is to be hidden (B, N)."""
-        u, N = torch.rand(2, 5, B, device=device), math.prod(model.encoder.grid)
+    def views(pixels, B, rows=slice(None)):
+        """Two views (B, 3, H, W) of B images and what of each is hidden (B, N); `rows` of these."""
+        u, N = torch.rand(2, 5, B, device=device)[..., rows], math.prod(model.encoder.grid)
         view1 = view2 = random_crops(pixels, u[0], config.img_size)
         if config.transform == "crop":  # two crops, each with colours of its own, as in SimCLR
-            sources = (torch.stack([jitter(x) for x in pixels.expand(B, -1, -1, -1)]) for _ in u)
+            pixels = pixels.expand(u.shape[2], -1, -1, -1)
+            sources = (torch.stack([jitter(x) for x in pixels]) for _ in u)
             view1, view2 = (random_crops(x, v, config.img_size) for x, v in zip(sources, u))
         mask1 = MASKS[config.mask](B, model.encoder.grid, config.mask_ratio, device=device)
         # view 2 hides what view 1 shows and half of the rest: smallest scores are hidden first
         mask2 = hide(torch.rand(B, N, device=device) + mask1, model.hidden2 / N)
-        return view1, view2, mask1, mask2
+        return view1, view2, mask1[rows], mask2[rows]
 
     def forward(index, pixels):
         with autocast:
-            return model(*views(pixels, config.batch_size))
+            return net(*views(pixels, config.batch_size, MINE))
 
     def watch():
         with autocast:
@@ -781,6 +811,8 @@ def train(config):
     probe, _, probe_mask, _ = views(pixels, 64)
     before, parts = watch(), dict(model.named_children())
     line = fit(config, parts, optimizer, resumed, data, device, forward, watch)
+    if RANK > 0:
+        return
     draw(model, probe, probe_mask, Path(config.out))
     if config.loss == "infonce":
         rivals = probe_mask.shape[1] - model.hidden2
@@ -801,6 +833,8 @@ def main(args):
         fail(f"--mask-ratio {config.mask_ratio}: must hide some of {N} patches, not all")
     if config.transform == "crop" and config.loss != "infonce":
         fail(f"--loss {config.loss}: two crops are compared by --loss infonce")
+    if config.batch_size % WORLD:
+        fail(f"--batch-size {config.batch_size}: must be a multiple of {WORLD}, the processes")
     name = "crop" if config.transform == "crop" else config.loss
     count = f"-{config.num_images}" if config.num_images else ""
     config.out = config.out or f"runs/{name}-{Path(config.data).stem}{count}"

@@ -207,6 +207,27 @@ def test_two_crops_are_conventional_contrastive_learning(tmp_path):
     assert read_log(out)[-1]["loss"] < 3.4  # log(32) = 3.47
 
 
+def test_two_processes_of_half_the_batch_are_one_of_the_whole(tmp_path):
+    (tmp_path / "both.py").write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from relaxmim import Config, train\n"
+        "for loss in ('mae', 'relax', 'infonce'):\n"
+        "    train(Config(loss, num_images=9, batch_size=8, steps=2, out=sys.argv[1] + loss))\n"
+    )
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for command in ([*run, "both.py", "two-"], [sys.executable, "both.py", "one-"]):
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=200)
+    for loss in ("mae", "relax", "infonce"):
+        one, two = (read_log(tmp_path / f"{n}-{loss}") for n in ("one", "two"))
+        for a, b in zip(one, two, strict=True):
+            for name in ("loss", "grad_norm", "invariance"):
+                assert a[name] == pytest.approx(b[name], rel=1e-4), (loss, name)
+        a, b = (torch.load(tmp_path / f"{n}-{loss}" / "checkpoint.pt") for n in ("one", "two"))
+        for i, state in a["optimizer"]["state"].items():  # exp_avg holds the sum of the gradients
+            torch.testing.assert_close(state, b["optimizer"]["state"][i], rtol=1e-2, atol=1e-5)
+
+
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch):
     def config(name, **options):
         return Config(

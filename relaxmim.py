@@ -64,7 +64,7 @@ SIZES = {  # --model: width, depth, heads
 
 def fail(message):
     """A mistake of the user's: one line on stderr, exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -663,6 +663,21 @@ def load_checkpoint(path):
     fail(f"{path}: not a checkpoint that can be used here ({reason})")
 
 
+def save_checkpoint(folder, content):
+    """Written beside, flushed to the disk, then renamed: a crash leaves the old or the new one."""
+    try:
+        with open(folder / "checkpoint.tmp", "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, folder / "checkpoint.pt")
+    except (OSError, RuntimeError) as error:  # torch.save makes the latter of a full disk
+        reason = str(error).splitlines()[0]
+        fail(
+            f"--out {folder}: step {content['step']} not saved ({reason}); the last checkpoint stays"
+        )
+
+
 def start_run(config):
     """See that config.out can be written. Returns the checkpoint to resume from, or None."""
     folder, settings = Path(config.out), asdict(config)
@@ -710,6 +725,8 @@ def fit(config, parts, optimizer, resumed, data, device, forward, watch):
             part.load_state_dict(resumed[name])
     if RANK == 0:  # which alone writes
         folder.mkdir(parents=True, exist_ok=True)
+        if not resumed:
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
         log.write_text("".join(line for line in lines if json.loads(line)["step"] <= first))
         (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
         (folder / "images.txt").write_text("".join(f"{name}\n" for name in data.names))
@@ -747,7 +764,6 @@ def fit(config, parts, optimizer, resumed, data, device, forward, watch):
         if logged or last:
             loss = gather(loss.detach()[None]).mean()
             if not (loss.isfinite() and norm.isfinite()):
-                bar.close()
                 fail(f"step {step}: the loss is not finite, and no weight moved; try a lower --lr")
             line = {"step": step, "loss": loss.item(), "lr": rate, "grad_norm": norm.item()}
             line |= {name: value.item() for name, value in figures.items()} | watch()
@@ -758,12 +774,8 @@ def fit(config, parts, optimizer, resumed, data, device, forward, watch):
                     file.write(json.dumps(line) + "\n")
         if (step % config.save_every == 0 or last) and RANK == 0:
             content = {name: part.state_dict() for name, part in parts.items()}
-            content |= {"format": FORMAT, "config": asdict(config), "step": step}
-            with open(folder / "checkpoint.tmp", "wb") as file:
-                torch.save({**content, "optimizer": optimizer.state_dict()}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(file.name, folder / "checkpoint.pt")  # a crash leaves the old or the new
+            content |= {"step": step, "optimizer": optimizer.state_dict()}
+            save_checkpoint(folder, {"format": FORMAT, "config": asdict(config), **content})
         if halt and step < T:
             bar.close()
             print(f"stopped after step {step}; the same command with --resume goes on")
@@ -831,6 +843,8 @@ def main(args):
         fail(f"--patch-size {config.patch_size}: must divide --img-size {config.img_size}")
     if not 0 < round(config.mask_ratio * N) < N:
         fail(f"--mask-ratio {config.mask_ratio}: must hide some of {N} patches, not all")
+    if config.loss == "infonce" and round(config.mask_ratio * N) < 3:
+        fail(f"--mask-ratio {config.mask_ratio}: infonce needs 3 hidden patches of the {N} or more")
     if config.transform == "crop" and config.loss != "infonce":
         fail(f"--loss {config.loss}: two crops are compared by --loss infonce")
     if config.batch_size % WORLD:

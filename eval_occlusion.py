@@ -97,13 +97,16 @@ def open_model(path, device):
     """A checkpoint's Classifier, or its ViT where it has no head; and its configuration."""
     content = load_checkpoint(path)
     config, weights = content["config"], content["encoder"]
-    size = config["img_size"], config["patch_size"], 3, *SIZES[config["model"]]
-    if "head.weight" in weights:
-        probe = config["linear_probe"]
-        model = Classifier(*size, num_classes=len(weights["head.weight"]), probe=probe)
-    else:
-        model = ViT(*size)
-    model.load_state_dict(weights)
+    try:
+        size = config["img_size"], config["patch_size"], 3, *SIZES[config["model"]]
+        if "head.weight" in weights:
+            options = {"num_classes": len(weights["head.weight"]), "probe": config["linear_probe"]}
+            model = Classifier(*size, **options)
+        else:
+            model = ViT(*size)
+        model.load_state_dict(weights)
+    except (KeyError, RuntimeError, ValueError) as error:
+        fail(f"{path}: its weights do not fit its config ({' '.join(str(error).split())[:120]})")
     return model.eval().to(device), config
 
 

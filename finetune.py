@@ -123,7 +123,7 @@ def build(config, weights, num_classes):
         try:
             missing, extra = model.load_state_dict(weights, strict=False)
         except RuntimeError as error:
-            fail(f"{config.checkpoint[0]}: {str(error).splitlines()[1].strip()}")
+            fail(f"{config.checkpoint[0]}: {' '.join(str(error).split())[:160]}")
         missing = [k for k in missing if not k.startswith(("head", "fc_norm", "pos_embed"))]
         extra = [k for k in extra if not k.startswith("norm.")]  # replaced by fc_norm
         if missing or extra:
@@ -248,7 +248,9 @@ def main(args):
         fail("--linear-probe: needs a checkpoint, whose encoder it freezes")
     known = source["config"] if source else {"model": "nano", "patch_size": 4, "img_size": 32}
     for name in ("model", "patch_size", "img_size"):
-        setattr(config, name, getattr(config, name) or known[name])
+        setattr(config, name, getattr(config, name) or known.get(name))
+    if config.model not in SIZES or not config.img_size or not config.patch_size:
+        fail(f"{config.checkpoint[0]}: its config names no known model, image and patch size")
     if config.img_size % config.patch_size:
         fail(f"--patch-size {config.patch_size}: must divide --img-size {config.img_size}")
     if config.batch_size % WORLD:

@@ -197,8 +197,10 @@ class Images(Dataset):
             try:
                 return j, read_image(self.names[j], self.size)
             except Exception as error:  # noqa: BLE001 (decoders raise anything)
-                print(f"skipped {self.names[j]}: {str(error)[:80]}", file=sys.stderr)
-        fail(f"--data: none of its {len(self)} images can be decoded")
+                reason = f"{self.names[j]}: {str(error)[:80]}"
+            if len(self) > 1:
+                print(f"skipped {reason}", file=sys.stderr)
+        fail(f"--data: none of {len(self)} images can be decoded ({reason})")
 
     def batches(self, indices, device, workers=0):
         """For each list of indices: it, and uint8 (B, 3, H, W), or (1, 3, H, W) if n = 1."""
@@ -234,9 +236,12 @@ def open_data(config, train=True, count=0):
         root = next(filter(Path.is_dir, parts), Path(name))
         files = [root] if root.is_file() else sorted(root.rglob("*"))
         names = [str(f) for f in files if f.suffix.lower() in datasets.folder.IMG_EXTENSIONS]
-    if len(names) < max(1, count):
-        known = "synthetic, cifar10, cifar100, stl10, a folder or a photograph"
-        fail(f"--data {name}: {len(names)} images found, {count or 1} wanted; it takes {known}")
+    if not names:
+        known = ["synthetic", "cifar10", "cifar100", "stl10"]
+        known = ", ".join(difflib.get_close_matches(name, known, 1) or known)
+        fail(f"--data {name}: no images there; it takes {known}, a folder or a photograph")
+    if count > len(names):
+        fail(f"--num-images {count}: --data {name} has {len(names)}")
     if count:
         keep = np.random.default_rng([config.seed, 1]).permutation(len(names))[:count]
         names, pixels = [names[i] for i in keep], pixels and [pixels[i] for i in keep]
@@ -655,9 +660,10 @@ def load_checkpoint(path):
     path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if content["format"] <= FORMAT:
+        lacks = {"format", "config", "step", "encoder", "optimizer"} - content.keys()
+        if not lacks and content["format"] <= FORMAT:
             return content
-        reason = f"format {content['format']}, newer than this script"
+        reason = f"it lacks {lacks}" if lacks else f"format {content['format']} is newer"
     except Exception as error:  # noqa: BLE001 (damaged files make torch raise anything)
         reason = str(error).strip().split("\n")[0][:80]
     fail(f"{path}: not a checkpoint that can be used here ({reason})")
@@ -721,8 +727,12 @@ def fit(config, parts, optimizer, resumed, data, device, forward, watch):
     log, lines = folder / "log.jsonl", []
     if resumed:
         first, lines = resumed["step"], log.read_text().splitlines(keepends=True)
-        for name, part in {**parts, "optimizer": optimizer}.items():
-            part.load_state_dict(resumed[name])
+        try:
+            for name, part in {**parts, "optimizer": optimizer}.items():
+                part.load_state_dict(resumed[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:120]
+            fail(f"--resume: the checkpoint in {folder} does not fit its config ({reason})")
     if RANK == 0:  # which alone writes
         folder.mkdir(parents=True, exist_ok=True)
         if not resumed:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import eval_occlusion
 import finetune
 import relaxmim
 from finetune import Config as FinetuneConfig
@@ -446,6 +448,28 @@ def test_images_of_every_kind_are_taken_in(mode, tmp_path):
         assert (pixels.float().mean(0) - expected).abs().mean() < 8
 
 
+def test_damaged_images_of_a_folder_are_skipped_by_name(tmp_path, capsys, mistake):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "good.jpg")
+    Image.fromarray(noise[:, :1]).save(tmp_path / "thin ü.png")
+    frames = [Image.fromarray(noise), Image.fromarray(255 - noise)]
+    frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:])
+    good = {"good.jpg", "thin ü.png", "moving.webp"}
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:1500])
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "text.png").write_text("not an image")
+    png = bytearray((tmp_path / "thin ü.png").read_bytes())
+    png[16:24] = (30000).to_bytes(4, "big") * 2  # a header that says 30,000 x 30,000
+    png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
+    (tmp_path / "bomb.png").write_bytes(png)
+    data = open_data(Config(data=str(tmp_path)))
+    assert {Path(name).name for name in data.names} == good and len(data) == 7
+    errors = capsys.readouterr().err
+    for name in ("cut.jpg", "empty.png", "text.png", "bomb.png"):
+        assert f"skipped {tmp_path / name}" in errors
+        mistake(f"none of 1 images.*{name}", open_data, Config(data=str(tmp_path / name)))
+
+
 def test_a_photograph_is_turned_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera lay on its side
@@ -463,7 +487,7 @@ MISTAKES = [
     ("relaxmim.py --mask-ratio 0.001", "--mask-ratio", "some"),
     ("relaxmim.py --mask-ratio 0.03", "--mask-ratio 0.03", "hidden"),
     ("relaxmim.py --patch-size 5", "--patch-size 5", "32"),
-    ("relaxmim.py --num-images 5001", "5000", "synthetic"),
+    ("relaxmim.py --num-images 5001", "--num-images 5001", "5000"),
     ("relaxmim.py --data nowhere", "--data nowhere", "synthetic"),
     ("relaxmim.py --data sythetic", "--data sythetic", "synthetic"),
     ("relaxmim.py --transform crop --loss mae", "--loss mae", "infonce"),
@@ -528,3 +552,30 @@ def test_a_checkpoint_that_would_run_code_does_not(tmp_path, mistake):
             (tmp_path / "checkpoint.pt").write_bytes(content)
         mistake("not a checkpoint", relaxmim.load_checkpoint, tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_that_does_not_fit_gets_one_line(tmp_path, mistake):
+    options = {"num_images": 4, "batch_size": 4, "out": str(tmp_path)}
+    train(Config("mae", steps=1, **options))
+    path, resume = tmp_path / "checkpoint.pt", Config("mae", steps=2, resume=True, **options)
+    good = torch.load(path)
+    tune, measure = (finetune.main, [str(tmp_path)]), (eval_occlusion.main, [str(tmp_path)])
+    whole = {k: v for k, v in good["encoder"].items() if k != "norm.bias"}
+    wide = {**good["encoder"], "blocks.1.mlp.fc1.bias": torch.zeros(3)}
+    for content, pattern in (
+        ({k: v for k, v in good.items() if k != "encoder"}, "lacks.*encoder"),
+        ({**good, "format": 99}, "format 99 is newer"),
+        ({**good, "encoder": wide}, "blocks.1.mlp.fc1.bias"),
+        ({**good, "config": {}}, "config"),
+        ({**good, "encoder": whole}, "norm.bias"),
+    ):
+        torch.save(content, path)
+        for call, *args in ((train, resume), tune, measure):
+            if pattern == "norm.bias" and call is finetune.main:
+                continue  # fine-tuning replaces that norm
+            if pattern == "config" and call is train:
+                continue
+            mistake(pattern, call, *args)
+    path.write_bytes(path.read_bytes()[:-1000])
+    for call, *args in ((train, resume), tune, measure):
+        mistake("not a checkpoint", call, *args)

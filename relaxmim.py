@@ -749,6 +749,7 @@ def fit(config, parts, optimizer, resumed, data, device, forward, watch):
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     weights = [p for group in optimizer.param_groups for p in group["params"]]
+    broken = 0.0  # gradients that were not finite
     order = torch.Generator().manual_seed(config.seed)  # each epoch takes all images once
     order = RandomSampler(data, num_samples=T * B, generator=order)
     order = islice(BatchSampler(order, B, drop_last=False), first, None)
@@ -762,7 +763,8 @@ def fit(config, parts, optimizer, resumed, data, device, forward, watch):
         rate = learning_rate(step - 1, config)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        optimizer.found_inf = (~norm.isfinite()).float()  # then no weight moves
+        optimizer.found_inf = (~norm.isfinite()).float()  # 1: then no weight moves
+        broken = broken + optimizer.found_inf
         optimizer.step()
         optimizer.zero_grad()
 
@@ -773,8 +775,8 @@ def fit(config, parts, optimizer, resumed, data, device, forward, watch):
         last = step == T or halt > 0
         if logged or last:
             loss = gather(loss.detach()[None]).mean()
-            if not (loss.isfinite() and norm.isfinite()):
-                fail(f"step {step}: the loss is not finite, and no weight moved; try a lower --lr")
+            if broken or not loss.isfinite():
+                fail(f"step {step}: a gradient was not finite, no weight moved; try a lower --lr")
             line = {"step": step, "loss": loss.item(), "lr": rate, "grad_norm": norm.item()}
             line |= {name: value.item() for name, value in figures.items()} | watch()
             line["images_per_s"] = round(B * (bar.format_dict["rate"] or 0.0), 1)

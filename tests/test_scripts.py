@@ -1,5 +1,6 @@
 """The three scripts as a user runs them: tiny, in a chain, with the files they leave behind."""
 
+import dataclasses
 import json
 import math
 import os
@@ -307,12 +308,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, mistake)
 
     def breaks(*args):
         calls.append(1)
-        return loss(*args) * (math.nan if len(calls) > 2 else 1.0)
+        return loss(*args) * (math.nan if len(calls) in (3, 4) else 1.0)
 
     monkeypatch.setattr(relaxmim, "mae_loss", breaks)
     options = {"num_images": 4, "batch_size": 4, "steps": 5, "save_every": 2}
-    mistake("not finite.*--lr", train, Config("mae", out=str(tmp_path), **options))
-    content = torch.load(tmp_path / "checkpoint.pt")
+    mistake("not finite.*lower --lr", train, Config("mae", out=str(tmp_path), **options))
+    content = torch.load(tmp_path / "checkpoint.pt")  # of step 4, in which no weight moved
     assert content["step"] == 4 and all(v.isfinite().all() for v in content["encoder"].values())
     state = content["optimizer"]["state"]
     assert all(s["exp_avg"].isfinite().all() and s["step"] == 2 for s in state.values())
@@ -501,6 +502,25 @@ MISTAKES = [
     ("eval_occlusion.py nothing --ratios 0,2", "--ratios", "below 1"),
     ("eval_occlusion.py nothing --shapes round", "--shapes round", "random"),
 ]
+
+
+def test_every_option_refuses_what_is_out_of_its_range(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tried = 0
+    for module in (relaxmim, finetune, eval_occlusion):
+        for option in dataclasses.fields(module.Config):
+            flag, valid = "--" + option.name.replace("_", "-"), option.metadata["valid"]
+            wrong = {float: ["x", "nan", "1e+99", "-1e+99"], int: ["x", "1.5", str(10**12), "-1"]}
+            if option.type is str and valid:
+                wrong[str] = ["nonsense", valid[-1] + "x"]
+            for value in wrong.get(option.type, []):
+                with pytest.raises(SystemExit) as stop:
+                    module.main([f"{flag}={value}"])
+                line = capsys.readouterr().err
+                assert stop.value.code == 2 and line.count("\n") == 1
+                assert flag in line and value in line, line
+                tried += 1
+    assert tried > 150 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command, what, remedy", MISTAKES)

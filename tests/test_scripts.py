@@ -1,6 +1,8 @@
 """The three scripts as a user runs them: tiny, in a chain, with the files they leave behind."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -39,6 +41,13 @@ def succeed(cwd, script, *args):
     return done.stdout
 
 
+def within(cwd, main, *args):
+    """What a script prints, run in this process: as good, and does not import torch anew."""
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(io.StringIO()) as out:
+        main([str(arg) for arg in args])
+    return out.getvalue()
+
+
 @pytest.fixture
 def mistake(capsys):
     """Checks that a call ends the program with status 2 and one line, in which `pattern` is found."""
@@ -75,17 +84,16 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
-    """Pretrained by each loss, in subprocesses; fine-tuned, from scratch, and measured."""
+    """Pretrained by each loss, fine-tuned, from scratch, and measured; each script as a process."""
     cwd, tiny = tmp_path_factory.mktemp("chain"), ("--steps", 12, "--batch-size", 16)
     out = {"infonce": succeed(cwd, "relaxmim.py", "--loss", "infonce", "--num-images", 1, *tiny)}
     for loss in ("mae", "relax"):
-        out[loss] = succeed(cwd, "relaxmim.py", "--loss", loss, "--num-images", 20, *tiny)
+        out[loss] = within(cwd, relaxmim.main, "--loss", loss, "--num-images", 20, *tiny)
     tune = ("--steps", 4, "--batch-size", 16, "--num-labels", 40)
     out["tuned"] = succeed(cwd, "finetune.py", "runs/infonce-synthetic-1", *tune)
-    out["scratch"] = succeed(cwd, "finetune.py", *tune, "--validate", "--out", "runs/scratch")
-    out["probe"] = succeed(
-        cwd, "finetune.py", "runs/mae-synthetic-20/checkpoint.pt", "--linear-probe", *tune
-    )
+    out["scratch"] = within(cwd, finetune.main, *tune, "--validate", "--out", "runs/scratch")
+    probe = ("runs/mae-synthetic-20/checkpoint.pt", "--linear-probe", *tune)
+    out["probe"] = within(cwd, finetune.main, *probe)
     runs = [
         "runs/finetune-infonce-synthetic-1-on-synthetic",
         "runs/scratch",
@@ -173,7 +181,7 @@ def test_occlusion_is_deterministic_and_fills_differ(chain):
     results = []
     for i, fill in enumerate(("mean", "mean", "swap")):
         options = ("--num-images", 60, "--ratios", "0.5", "--shapes", "random", "--fill", fill)
-        succeed(cwd, "eval_occlusion.py", "runs/mae-synthetic-20", *options, "--out", f"o{i}")
+        within(cwd, eval_occlusion.main, "runs/mae-synthetic-20", *options, "--out", f"o{i}")
         content = json.loads((cwd / f"o{i}" / "occlusion.json").read_text())
         results.append(content["features"]["random"]["mae-synthetic-20"])
     assert results[0] == results[1] != results[2]

@@ -176,19 +176,19 @@ def open_parts(config):
     """The images to train on and those to report on, the labels of each, and the classes."""
     data = open_data(config)
     labelled = [i for i, name in enumerate(class_names(data)) if name != "unlabelled"]  # STL10
+    classes = sorted({*class_names(data)} - {"unlabelled"})
     if config.validate:  # always the same tenth
         order, tenth = np.random.default_rng(0).permutation(labelled), len(labelled) // 10
         labelled, test = order[tenth:], choose(data, order[:tenth])
     else:
         test = open_data(config, train=False)
+    if len(classes) < 2 or not {*class_names(test)} <= {*classes}:
+        found = sorted({*class_names(test)})
+        fail(f"--data {config.data}: classes {classes[:9]} in train, {found[:9]} in test")
     if config.num_labels > len(labelled):
         fail(f"--num-labels {config.num_labels}: {len(labelled)} labelled images found")
     order = np.random.default_rng([config.seed, 1]).permutation(labelled)
     data = choose(data, order[: config.num_labels or None])
-    classes = sorted({*class_names(data), *class_names(test)})
-    for images, part in ((data, "train"), (test, "test")):
-        if len(classes) < 2 or set(class_names(images)) != set(classes):
-            fail(f"--data {config.data}: {part} needs two classes or more, and the other part's")
     labels = [torch.tensor([classes.index(c) for c in class_names(x)]) for x in (data, test)]
     return data, test, *labels, classes
 

@@ -746,8 +746,7 @@ def fit(config, parts, optimizer, resumed, data, device, forward, watch):
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     broken = 0.0  # gradients that were not finite
     order = torch.Generator().manual_seed(config.seed)  # each epoch takes all images once
@@ -792,6 +791,8 @@ def fit(config, parts, optimizer, resumed, data, device, forward, watch):
             bar.close()
             print(f"stopped after step {step}; the same command with --resume goes on")
             raise SystemExit(128 + halt)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     return line
 
 

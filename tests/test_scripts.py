@@ -428,9 +428,31 @@ def test_labels_of_a_folder(photos):
     fitted, held, *_ = open_parts(config)
     assert len(fitted) == 34 and len(held) == 3
     config.num_labels = 9
-    few, same, labels, *_ = open_parts(config)
+    few, same, labels, _, still = open_parts(config)
     assert len(few) == len(labels) == 9 and same.names == held.names
-    assert set(few.names) < set(fitted.names)
+    assert set(few.names) < set(fitted.names) and still == classes
+    config.num_labels = 1  # of one class; the others are known all the same
+    assert open_parts(config)[-1] == classes
+
+
+def test_parts_of_a_folder_must_agree_in_their_classes(tmp_path, mistake):
+    pixels = Image.fromarray(np.zeros((8, 8, 3), dtype=np.uint8))
+    for name in ("train/a", "train/b", "test/a", "test/c", "other/train/a", "other/test/a"):
+        (tmp_path / name).mkdir(parents=True)
+        pixels.save(tmp_path / name / "1.png")
+    mistake(
+        r"\['a', 'b'\] in train, \['a', 'c'\] in test",
+        open_parts,
+        FinetuneConfig(data=str(tmp_path), img_size=8),
+    )
+    mistake(
+        r"\['a'\] in train", open_parts, FinetuneConfig(data=str(tmp_path / "other"), img_size=8)
+    )
+    (tmp_path / "test" / "c").rename(tmp_path / "test" / "b")
+    config = FinetuneConfig(data=str(tmp_path), img_size=8)
+    assert open_parts(config)[-1] == ["a", "b"]
+    config.num_labels = 3
+    mistake("--num-labels 3: 2 labelled", open_parts, config)
 
 
 def test_one_photograph_is_a_whole_training_set(photos, tmp_path):

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.utils.data import BatchSampler
 from torchvision.utils import make_grid, save_image
 
-from finetune import Classifier, choose, class_names, whole
+from finetune import Classifier, choose, class_names, load_source, whole
 from relaxmim import (
     MASKS,
     MEAN,
@@ -31,7 +31,6 @@ from relaxmim import (
     ViT,
     fail,
     hide,
-    load_checkpoint,
     open_data,
     option,
     parse,
@@ -95,7 +94,7 @@ def look(model, images, mask, fill):
 
 def open_model(path, device):
     """A checkpoint's Classifier, or its ViT where it has no head; and its configuration."""
-    content = load_checkpoint(path)
+    content = load_source(path)
     config, weights = content["config"], content["encoder"]
     try:
         size = config["img_size"], config["patch_size"], 3, *SIZES[config["model"]]

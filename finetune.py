@@ -42,6 +42,7 @@ from relaxmim import (
     pick_device,
     random_crops,
     set_seed,
+    sincos_positions,
     start_run,
 )
 
@@ -109,6 +110,45 @@ class Classifier(ViT):
         return self.head(self.fc_norm(super().forward(images, mask, num_hidden)[:, 1:].mean(1)))
 
 
+def load_source(path):
+    """A checkpoint of ours, or weights in the layout of MAE, {"model": {...}}, or of timm, {...}.
+
+    Of the latter two, a dict like ours, whose config is what the shapes of the weights say.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        weights = content.get("model", content)
+        if "format" in content or "patch_embed.proj.weight" not in weights:
+            return load_checkpoint(path)
+    except Exception:  # noqa: BLE001 (a folder, or what is no checkpoint at all)
+        return load_checkpoint(path)
+    decoder = ("decoder", "mask_token")
+    weights = {name: value for name, value in weights.items() if not name.startswith(decoder)}
+    dim, patch = (weights["patch_embed.proj.weight"].shape[i] for i in (0, -1))
+    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    model = next((name for name, size in SIZES.items() if size[:2] == (dim, depth)), None)
+    if model is None or "pos_embed" not in weights:
+        fail(f"{path}: no model of width {dim} and depth {depth} is known, or pos_embed lacks")
+    side = round((weights["pos_embed"].shape[1] - 1) ** 0.5) * patch
+    config = {"model": model, "patch_size": patch, "img_size": side, "linear_probe": False}
+    return {"config": {**config, "data": "synthetic"}, "encoder": weights}
+
+
+def fit_positions(model, weights):
+    """Weights with positions for the model's grid: made anew if sin-cos, else interpolated."""
+    found, fixed = weights.get("pos_embed"), model.pos_embed
+    if found is None or found.shape == fixed.shape:
+        return weights
+    side = round((found.shape[1] - 1) ** 0.5)
+    if side**2 != found.shape[1] - 1 or found.shape[2] != fixed.shape[2]:
+        fail(f"pos_embed of shape {tuple(found.shape)}: not of a square image of this model's")
+    if not torch.allclose(found, sincos_positions((side, side), found.shape[2]), atol=1e-4):
+        table = found[:, 1:].mT.unflatten(2, (side, side))  # learned: (1, D, side, side)
+        table = F.interpolate(table, model.grid, mode="bicubic", antialias=True)
+        fixed = torch.cat([found[:, :1], table.flatten(2).mT], dim=1)
+    return {**weights, "pos_embed": fixed}
+
+
 def build(config, weights, num_classes):
     """A Classifier of the size in config; weights: a state dict of either kind, or None.
 
@@ -119,12 +159,14 @@ def build(config, weights, num_classes):
     options = {"num_classes": num_classes, "probe": probe, "drop_path": config.drop_path}
     model = Classifier(config.img_size, config.patch_size, 3, *size, **options)
     if weights is not None:
-        weights = {k: v for k, v in weights.items() if k != "pos_embed"}  # fixed, made for img_size
+        head = weights.get("head.weight")
+        if head is None or head.shape != model.head.weight.shape:  # of other classes: left out
+            weights = {k: v for k, v in weights.items() if not k.startswith("head.")}
         try:
-            missing, extra = model.load_state_dict(weights, strict=False)
+            missing, extra = model.load_state_dict(fit_positions(model, weights), strict=False)
         except RuntimeError as error:
             fail(f"{config.checkpoint[0]}: {' '.join(str(error).split())[:160]}")
-        missing = [k for k in missing if not k.startswith(("head", "fc_norm", "pos_embed"))]
+        missing = [k for k in missing if not k.startswith(("head", "fc_norm"))]
         extra = [k for k in extra if not k.startswith("norm.")]  # replaced by fc_norm
         if missing or extra:
             fail(f"{config.checkpoint[0]}: missing {missing}, left over {extra}")
@@ -243,7 +285,7 @@ def main(args):
     config = parse(Config, __doc__, args)
     if len(config.checkpoint) > 1:
         fail(f"{' '.join(config.checkpoint)}: one checkpoint at a time")
-    source = load_checkpoint(config.checkpoint[0]) if config.checkpoint else None
+    source = load_source(config.checkpoint[0]) if config.checkpoint else None
     if config.linear_probe and not source:
         fail("--linear-probe: needs a checkpoint, whose encoder it freezes")
     known = source["config"] if source else {"model": "nano", "patch_size": 4, "img_size": 32}

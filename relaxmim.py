@@ -246,7 +246,8 @@ def open_data(config, train=True, count=0):
         keep = np.random.default_rng([config.seed, 1]).permutation(len(names))[:count]
         names, pixels = [names[i] for i in keep], pixels and [pixels[i] for i in keep]
     if name == "synthetic":
-        return Images(names, synthetic_images([int(i.split("/")[1]) for i in names], size))
+        chunks = torch.tensor([int(name.split("/")[1]) for name in names]).split(100)  # fit caches
+        return Images(names, torch.cat([synthetic_images(i.tolist(), size) for i in chunks]))
     if pixels:
         return Images(names, torch.stack(pixels))
     # Files are brought to one size: to squares of a crop's side or, where they are larger, of up to

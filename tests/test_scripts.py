@@ -629,3 +629,37 @@ def test_a_checkpoint_that_does_not_fit_gets_one_line(tmp_path, mistake):
     path.write_bytes(path.read_bytes()[:-1000])
     for call, *args in ((train, resume), tune, measure):
         mistake("not a checkpoint", call, *args)
+
+
+def foreign_weights(side, learned):
+    """A state dict of the size "nano" as timm or MAE would have it, for `side` patches a side."""
+    weights = relaxmim.ViT(4 * side, 4, 3, *relaxmim.SIZES["nano"]).state_dict()
+    if learned:
+        row = torch.linspace(-1, 1, side)[:, None, None].expand(side, side, 128)
+        weights["pos_embed"] = torch.cat([torch.zeros(1, 128), row.flatten(0, 1)])[None]
+    return weights
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_weights_in_the_layouts_of_mae_and_timm(learned, tmp_path, mistake):
+    weights = foreign_weights(8, learned)
+    mae = {**weights, "decoder_embed.weight": torch.zeros(2), "mask_token": torch.zeros(2)}
+    torch.save({"model": mae}, tmp_path / "mae.pth")
+    torch.save(weights, tmp_path / "timm.pth")
+    for name in ("mae.pth", "timm.pth"):
+        source = finetune.load_source(tmp_path / name)
+        assert source["config"]["model"] == "nano" and source["config"]["img_size"] == 32
+        assert all(torch.equal(source["encoder"][k], v) for k, v in weights.items())
+        options = ["--steps", "1", "--batch-size", "4", "--num-labels", "8", "--validate"]
+        within(tmp_path, finetune.main, name, *options, "--out", f"tuned-{name}")
+    within(tmp_path, eval_occlusion.main, "timm.pth", "--num-images", 20, "--ratios", "0.5")
+    config = FinetuneConfig(model="nano", patch_size=4, img_size=48, checkpoint=("x",))
+    model = finetune.build(config, weights, 5)  # another size of image
+    if learned:  # rows of -1 ... 1 stay that
+        row = model.pos_embed[0, 1:, 0].view(12, 12)
+        torch.testing.assert_close(row[2:-2, 0], row[2:-2, 7])
+        assert row[0, 0] < -0.8 and row[-1, 0] > 0.8
+    else:
+        assert torch.equal(model.pos_embed, relaxmim.sincos_positions((12, 12), 128))
+    del weights["blocks.3.attn.proj.bias"]
+    mistake(r"missing .*blocks.3.attn.proj.bias", finetune.build, config, weights, 5)

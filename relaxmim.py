@@ -835,7 +835,10 @@ def train(config):
     index = torch.randperm(max(64, len(data)))[:64] % len(data)
     _, pixels = next(data.batches([index.tolist()], device))
     probe, _, probe_mask, _ = views(pixels, 64)
-    before, parts = watch(), dict(model.named_children())
+    claim = "cosine of an image and its masked self {invariance:.3f}, of two images {different:.3f}"
+    if RANK == 0:
+        print("at the start:", claim.format(**watch()))
+    parts = dict(model.named_children())
     line = fit(config, parts, optimizer, resumed, data, device, forward, watch)
     if RANK > 0:
         return
@@ -845,8 +848,7 @@ def train(config):
         rivals = config.batch_size if config.transform == "crop" else rivals
         log = f"log(candidates) {math.log(rivals):.2f}"
         print(f"{log}, accuracy {line['accuracy']:.3f} where chance is {1 / rivals:.3f}")
-    for name, what in (("invariance", "an image and its masked self"), ("different", "two images")):
-        print(f"cosine of {what}: {before[name]:.3f} at the start, {line[name]:.3f} at the end")
+    print("at the end:", claim.format(**line))
     print(f"loss {line['loss']:.3f}; written to {config.out}")
 
 

@@ -650,7 +650,10 @@ def pick_device(config):
         if not distributed.is_initialized():
             distributed.init_process_group("nccl" if device == "cuda" else "gloo")
         device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
-    native = device == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    capabilities = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # not in every torch: then float32
+    native = device == "cpu" and capabilities.get("avx512_bf16", False)
     native |= device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
     low = native if config.precision == "auto" else config.precision == "bfloat16"
     return device, torch.autocast(device.split(":")[0], torch.bfloat16, enabled=low)

@@ -27,7 +27,6 @@ from relaxmim import (
     MINE,
     RANK,
     SIZES,
-    WORLD,
     Images,
     ViT,
     crop,
@@ -295,8 +294,6 @@ def main(args):
         fail(f"{config.checkpoint[0]}: its config names no known model, image and patch size")
     if config.img_size % config.patch_size:
         fail(f"--patch-size {config.patch_size}: must divide --img-size {config.img_size}")
-    if config.batch_size % WORLD:
-        fail(f"--batch-size {config.batch_size}: must be a multiple of {WORLD}, the processes")
     folder = Path(config.data)
     if folder.exists() and not all(
         any((folder / part).is_dir() for part in parts) for parts in (["train"], ["test", "val"])

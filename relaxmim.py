@@ -682,15 +682,15 @@ def save_checkpoint(folder, content):
             os.fsync(file.fileno())
         os.replace(file.name, folder / "checkpoint.pt")
     except (OSError, RuntimeError) as error:  # torch.save makes the latter of a full disk
-        reason = str(error).splitlines()[0]
-        fail(
-            f"--out {folder}: step {content['step']} not saved ({reason}); the last checkpoint stays"
-        )
+        lost = f"step {content['step']} not saved ({str(error).splitlines()[0]})"
+        fail(f"--out {folder}: {lost}; the last checkpoint stays")
 
 
 def start_run(config):
-    """See that config.out can be written. Returns the checkpoint to resume from, or None."""
+    """See that the run can be had. Returns the checkpoint to resume from, or None."""
     folder, settings = Path(config.out), asdict(config)
+    if config.batch_size % WORLD:
+        fail(f"--batch-size {config.batch_size}: must be a multiple of {WORLD}, the processes")
     if config.resume:
         content = load_checkpoint(folder)
         for name, value in content["config"].items():
@@ -707,7 +707,7 @@ def start_run(config):
 
 
 def distribute(model, device):
-    """The model to be called in training: compiled on CUDA, its gradients those of all processes."""
+    """The model to call in training: compiled on CUDA, with the gradients of all processes."""
     if device.startswith("cuda"):
         model.compile()
     return DistributedDataParallel(model) if WORLD > 1 else model
@@ -866,8 +866,6 @@ def main(args):
         fail(f"--mask-ratio {config.mask_ratio}: infonce needs 3 hidden patches of the {N} or more")
     if config.transform == "crop" and config.loss != "infonce":
         fail(f"--loss {config.loss}: two crops are compared by --loss infonce")
-    if config.batch_size % WORLD:
-        fail(f"--batch-size {config.batch_size}: must be a multiple of {WORLD}, the processes")
     name = "crop" if config.transform == "crop" else config.loss
     count = f"-{config.num_images}" if config.num_images else ""
     config.out = config.out or f"runs/{name}-{Path(config.data).stem}{count}"

@@ -44,7 +44,7 @@ def gflops(dtype, n=2048):
 
 
 def ours(main, *options):
-    """Seconds of each step but the first of a script's run; the loop asks once a step for its rate."""
+    """Seconds of each step of a script's run; its loop asks for the learning rate once a step."""
     times, rate = [], relaxmim.learning_rate
 
     def clocked(step, config):

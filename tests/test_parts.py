@@ -308,6 +308,13 @@ def test_infonce_starts_near_log_of_the_candidates():
     assert math.log(24) - 0.1 < loss.item() < math.log(24) + 0.4 and figures["accuracy"] < 0.2
 
 
+def test_infonce_learns_nothing_from_what_all_images_have_at_a_place():
+    # twice the same image and masks: only the place tells the targets apart (and 2k / 2 is exact)
+    images, _, mask1, mask2 = (x[:1].expand(2, *x.shape[1:]) for x in views_and_masks())
+    loss, _ = RelaxMIM(Config(loss="infonce"))(images, images, mask1, mask2)
+    assert loss.item() == pytest.approx(math.log(24), rel=1e-4)
+
+
 def test_norm_pix_changes_the_target_to_mean_0_and_variance_1():
     # a decoder that says 0 has a loss of the target's second moment: (P - 1) / P for unit variance
     model = RelaxMIM(Config(loss="mae"))

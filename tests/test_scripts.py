@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -50,7 +51,7 @@ def within(cwd, main, *args):
 
 @pytest.fixture
 def mistake(capsys):
-    """Checks that a call ends the program with status 2 and one line, in which `pattern` is found."""
+    """Checks that a call ends with status 2 and one line, in which `pattern` is found."""
 
     def check(pattern, call, *args):
         capsys.readouterr()
@@ -589,6 +590,36 @@ def test_runs_are_not_overwritten_unasked(tmp_path, mistake):
     mistake("not empty", train, config)
     other = Config("mae", num_images=4, batch_size=4, lr=1.0, out=str(tmp_path), resume=True)
     mistake("--lr", train, other)
+
+
+def test_overwriting_leaves_no_checkpoint_of_the_run_before(tmp_path, monkeypatch):
+    options = {"num_images": 4, "batch_size": 4, "steps": 1, "out": str(tmp_path)}
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    train(Config("mae", **options))
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def dies(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(relaxmim, "mae_loss", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(Config("mae", overwrite=True, **options))
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("mask", ["random", "block", "grid"])
+def test_in_training_view_2_shows_half_of_what_view_1_hides(mask, tmp_path, monkeypatch):
+    seen, forward = [], relaxmim.RelaxMIM.forward
+
+    def watched(self, view1, view2, mask1, mask2):
+        seen.append((mask1, mask2))
+        return forward(self, view1, view2, mask1, mask2)
+
+    monkeypatch.setattr(relaxmim.RelaxMIM, "forward", watched)
+    train(Config("mae", mask=mask, num_images=4, batch_size=8, steps=1, out=str(tmp_path)))
+    ((mask1, mask2),) = seen
+    assert (mask1.sum(1) == 48).all() and ((~mask2).sum(1) == 24).all()
+    assert not (~mask2 & ~mask1).any()
 
 
 def test_a_checkpoint_that_would_run_code_does_not(tmp_path, mistake):

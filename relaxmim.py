@@ -205,8 +205,9 @@ class Images(Dataset):
     def batches(self, indices, device, workers=0):
         """For each list of indices: it, and uint8 (B, 3, H, W), or (1, 3, H, W) if n = 1."""
         if self.pixels is None:
-            pin = torch.cuda.is_available()
-            yield from DataLoader(self, batch_sampler=indices, num_workers=workers, pin_memory=pin)
+            options = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
+            own = torch.Generator()  # else it draws from the global one, and crops would differ
+            yield from DataLoader(self, batch_sampler=indices, generator=own, **options)
         else:
             pixels = self.pixels.to(device)
             for index in map(torch.tensor, indices):

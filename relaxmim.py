@@ -1,4 +1,8 @@
 # SPDX-License-Identifier: MIT
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.9.1", "torchvision>=0.24.1", "numpy>=1.26.4", "tqdm>=4.66.1"]
+# ///
 """RelaxMIM: masked image modeling is siamese learning of occlusion-invariant features.
 
 Siamese learning shows an encoder f two transformed views of an image and measures how alike its
@@ -21,7 +25,6 @@ setting here is ours. This file is the whole method, and each piece stands alone
     python relaxmim.py --loss infonce --num-images 1      one embedded image: 2 minutes, 2 cores
     python relaxmim.py --loss mae --data cifar10          or a folder, or one photograph
     python relaxmim.py --transform crop                   (1) with T = crop and colour, to compare
-    python relaxmim.py --loss mae --model base --patch-size 16 --img-size 224 --data DIR   for a GPU
 """
 
 import argparse
@@ -31,7 +34,6 @@ import math
 import os
 import signal
 import sys
-from collections import OrderedDict
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from pathlib import Path
@@ -42,7 +44,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import distributed, nn
 from torch.distributed.nn.functional import all_gather
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 from torchvision import datasets
 from torchvision.ops import roi_align, stochastic_depth
@@ -91,7 +92,7 @@ class Config:
     num_images: int = option(0, "take so many of the images, at random; 0: all", 0, 10**9)
     img_size: int = option(32, "side of a crop in pixels", 1, 4096)
     data_dir: str = option("data", "where torchvision's sets are kept")
-    cache_gb: float = option(4.0, "a folder larger than this is streamed, GiB", 0.0, 1e6)
+    cache_gb: float = option(1.0, "a folder larger than this is streamed, GiB", 0.0, 1e6)
     workers: int = option(2, "processes that read files", 0, 256)
     steps: int = option(400, "optimizer steps", 1, 10**9)
     batch_size: int = option(128, "images per step", 2, 10**6)
@@ -106,25 +107,23 @@ class Config:
     precision: str = option("auto", "of matrix products", "auto", "float32", "bfloat16")
 
 
-def parse(cls, about, args):
+def parse(cls, description, args):
     """An instance of `cls` from a command line: a tuple is positional, other fields are options."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=about, allow_abbrev=False, formatter_class=form)
-    parser.error, flags = fail, {f: "--" + f.name.replace("_", "-") for f in fields(cls)}
-    for f, flag in flags.items():
-        kind = {"type": f.type, "metavar": f.type.__name__.upper(), "default": f.default}
-        if f.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction, "default": f.default}
-        if f.type is tuple:
-            flag, kind = f.name, {"nargs": "*"}
-        names = ", ".join(f.metadata["valid"]) + " " if f.type is str else ""
-        parser.add_argument(flag, help=f"{f.metadata['help']} {names}[{f.default}]", **kind)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.formatter_class, parser.error = argparse.RawDescriptionHelpFormatter, fail
+    kinds = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"nargs": "*"}}
+    flags = [f.name if f.type is tuple else "--" + f.name.replace("_", "-") for f in fields(cls)]
+    for f, flag in zip(fields(cls), flags):
+        name = "|".join(f.metadata["valid"]) if f.type is str else ""
+        kind = kinds.get(f.type, {"type": f.type, "metavar": name or f.type.__name__.upper()})
+        about = f"{f.metadata['help']} [{f.default}]"
+        parser.add_argument(flag, default=f.default, help=about, **kind)
     config = cls(**vars(parser.parse_args(args)))
-    for f, flag in flags.items():
+    for f, flag in zip(fields(cls), flags):
         value, valid = getattr(config, f.name), f.metadata["valid"]
         if f.type is str and valid and value not in valid:
-            near = difflib.get_close_matches(value, valid, 1) or [" or ".join(valid)]
-            fail(f"{flag} {value}: did you mean {near[0]}?")
+            near = difflib.get_close_matches(value, valid, 1) or valid
+            fail(f"{flag} {value}: did you mean {' or '.join(near)}?")
         if f.type in (int, float) and not valid[0] <= value <= valid[1]:
             fail(f"{flag} {value}: must be from {valid[0]} to {valid[1]}")
     return config
@@ -168,22 +167,8 @@ def synthetic_images(index, size, seed=0, leaves=24):
     return (images.clamp(0, 1) * 255).round().byte()
 
 
-def read_image(path, size=None):
-    """An image file as uint8 (3, H, W); with size (H, W) it is scaled to cover it and cut."""
-    with Image.open(path) as image:
-        if size:
-            image.draft(None, size[::-1])  # a large JPEG is decoded at 1/2, 1/4 or 1/8
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits a pixel: convert() would cut them off
-            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-        image = image.convert("RGB")
-        if size and image.size != size[::-1]:
-            image = ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
 class Images(Dataset):
-    """Named images. pixels: uint8 (n, 3, H, W), or None: files, each read when its turn comes."""
+    """Named images: pixels, uint8 (n, 3, H, W), or None: files, each read when its turn comes."""
 
     def __init__(self, names, pixels=None, size=None):
         self.names, self.pixels, self.size = names, pixels, size
@@ -191,11 +176,24 @@ class Images(Dataset):
     def __len__(self):
         return len(self.names)
 
+    def read(self, i):
+        """File i as uint8 (3, H, W); with a size (H, W), scaled to cover that and cut."""
+        with Image.open(self.names[i]) as image:
+            if self.size:
+                image.draft(None, self.size[::-1])  # a large JPEG is decoded at 1/2, 1/4 or 1/8
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits a pixel: convert() would cut them off
+                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+            image = image.convert("RGB")
+            if self.size:
+                image = ImageOps.fit(image, self.size[::-1], Image.Resampling.BILINEAR)
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
     def __getitem__(self, i):
-        """(i, uint8 (3, *size)) of file i or, if it is damaged, of the next that is not."""
-        for j in [*range(i, len(self)), *range(i)]:
+        """(i, pixels) of file i or, if it is damaged, of the next that is not."""
+        for j in (k % len(self) for k in range(i, i + len(self))):
             try:
-                return j, read_image(self.names[j], self.size)
+                return j, self.read(j)
             except Exception as error:  # noqa: BLE001 (decoders raise anything)
                 reason = f"{self.names[j]}: {str(error)[:80]}"
             if len(self) > 1:
@@ -208,11 +206,10 @@ class Images(Dataset):
             options = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
             own = torch.Generator()  # else it draws from the global one, and crops would differ
             yield from DataLoader(self, batch_sampler=indices, generator=own, **options)
-        else:
-            pixels = self.pixels.to(device)
-            for index in map(torch.tensor, indices):
-                here = index.to(device, non_blocking=True)
-                yield index, pixels if len(self) == 1 else pixels[here]
+            return
+        pixels = self.pixels.to(device)
+        for index in map(torch.tensor, indices):
+            yield index, pixels if len(self) == 1 else pixels[index.to(device, non_blocking=True)]
 
 
 def open_data(config, train=True, count=0):
@@ -220,69 +217,56 @@ def open_data(config, train=True, count=0):
 
     count: so many of them, by a permutation that config.seed gives; 0: all.
     """
-    name, size, pixels = config.data, config.img_size, None
-    if name == "synthetic":
+    data, size, pixels = config.data, config.img_size, None
+    if data == "synthetic":
         names = [f"{SHAPES[i % 6]}/{i}" for i in (range(5000) if train else range(5000, 6000))]
-    elif name in ("cifar10", "cifar100", "stl10"):
-        part = train if name != "stl10" else "train+unlabeled" if train else "test"
+    elif data in ("cifar10", "cifar100", "stl10"):
+        part = train if data != "stl10" else "train+unlabeled" if train else "test"
         try:
-            found = getattr(datasets, name.upper())(config.data_dir, part, download=True)
+            found = getattr(datasets, data.upper())(config.data_dir, part, download=True)
         except (OSError, RuntimeError) as error:
-            fail(f"--data {name}: cannot be had ({str(error).splitlines()[0]})")
+            fail(f"--data {data}: cannot be had ({str(error).splitlines()[0]})")
         classes = [*found.classes, "unlabelled"]  # STL10's -1
         names = [f"{classes[label]}/{i}" for i, (_, label) in enumerate(found)]
         pixels = [v2.functional.pil_to_tensor(image) for image, _ in found]
     else:  # a photograph, or a folder: of train/CLASS and test/CLASS, or of any depth
-        parts = [Path(name, part) for part in (["train"] if train else ["test", "val"])]
-        root = next(filter(Path.is_dir, parts), Path(name))
+        parts = [Path(data, part) for part in (["train"] if train else ["test", "val"])]
+        root = next(filter(Path.is_dir, parts), Path(data))
         files = [root] if root.is_file() else sorted(root.rglob("*"))
         names = [str(f) for f in files if f.suffix.lower() in datasets.folder.IMG_EXTENSIONS]
     if not names:
-        known = ["synthetic", "cifar10", "cifar100", "stl10"]
-        known = ", ".join(difflib.get_close_matches(name, known, 1) or known)
-        fail(f"--data {name}: no images there; it takes {known}, a folder or a photograph")
+        known = "synthetic", "cifar10", "cifar100", "stl10", "a folder", "a photograph"
+        known = difflib.get_close_matches(data, known, 1) or known
+        fail(f"--data {data}: no images there; did you mean {' or '.join(known)}?")
     if count > len(names):
-        fail(f"--num-images {count}: --data {name} has {len(names)}")
-    if count:
-        keep = np.random.default_rng([config.seed, 1]).permutation(len(names))[:count]
-        names, pixels = [names[i] for i in keep], pixels and [pixels[i] for i in keep]
-    if name == "synthetic":
+        fail(f"--num-images {count}: --data {data} has {len(names)}")
+    keep = np.random.default_rng([config.seed, 1]).permutation(len(names))[:count]
+    keep = keep if count else range(len(names))
+    names, pixels = [names[i] for i in keep], pixels and torch.stack([pixels[i] for i in keep])
+    if data == "synthetic":
         chunks = torch.tensor([int(name.split("/")[1]) for name in names]).split(100)  # fit caches
-        return Images(names, torch.cat([synthetic_images(i.tolist(), size) for i in chunks]))
-    if pixels:
-        return Images(names, torch.stack(pixels))
+        pixels = torch.cat([synthetic_images(i.tolist(), size) for i in chunks])
+    if pixels is not None:
+        return Images(names, pixels)
     # Files are brought to one size: to squares of a crop's side or, where they are larger, of up to
     # twice that. A lone photograph, from which all crops come, keeps its shape and more detail.
     n, (H, W) = len(names), Images(names)[0][1].shape[1:]
     side = max(size, min(H, W, 2 * size if n > 1 else 4 * size))
-    shape = (side, side) if n > 1 else (side * H // min(H, W), side * W // min(H, W))
-    data = Images(names, None, shape)
-    if n * 3 * math.prod(shape) > config.cache_gb * 2**30:
+    H, W = (side, side) if n > 1 else (side * H // min(H, W), side * W // min(H, W))
+    data = Images(names, None, (H, W))
+    if n * 3 * H * W > config.cache_gb * 2**30:
         return data
     every = BatchSampler(range(n), 256, drop_last=False)
-    read = data.batches(every, "cpu", config.workers if n > 1000 else 0)
-    index, pixels = map(torch.cat, zip(*read))
-    return Images([names[i] for i in index], pixels)
-
-
-def crop(images, boxes, size):
-    """Cut a box from each image, resize and normalise it: float (B, 3, size, size), in one call.
-
-    images: uint8 (B, 3, H, W), or (1, 3, H, W) to cut all from one. boxes: (B, 4), left, top, right
-    and bottom in pixels. Averages where it shrinks, so nothing aliases.
-    """
-    which = torch.arange(len(boxes), device=boxes.device) % len(images)
-    images = images.to(boxes.device, non_blocking=True).float()
-    crops = roi_align(images, torch.cat([which[:, None], boxes], dim=1), size, aligned=True)
-    mean, std = (figure.to(crops, non_blocking=True) for figure in (MEAN, STD))
-    return (crops - mean) / std
+    index, pixels = zip(*data.batches(every, "cpu", config.workers if n > 1000 else 0))
+    return Images([names[i] for i in torch.cat(index)], torch.cat(pixels))
 
 
 def random_crops(images, u, size, smallest=0.2):
-    """RandomResizedCrop and flip: float (B, 3, size, size), normalised. images: as for crop.
+    """RandomResizedCrop and flip: normalised float (B, 3, size, size), in one call.
 
-    u: (5, B) in 0..1, from which all is drawn. The area is `smallest` to 1 of the image, or from
-    where a crop has one pixel for each of its own, if that is less; the sides are as 3:4 to 4:3.
+    images: uint8 (B, 3, H, W), or (1, 3, H, W) to cut all from one. u: (5, B) in 0..1, from which
+    all is drawn. The area is `smallest` to 1 of the image, or from where a crop has one pixel for
+    each of its own, if that is less; the sides are as 3:4 to 4:3.
     """
     H, W = images.shape[2:]
     smallest = min(smallest, size * size / (H * W))
@@ -292,6 +276,18 @@ def random_crops(images, u, size, smallest=0.2):
     left, top = u[2] * (W - width), u[3] * (H - height)
     crops = crop(images, torch.stack([left, top, left + width, top + height], dim=1), size)
     return torch.where((u[4] < 0.5)[:, None, None, None], crops.flip(3), crops)
+
+
+def crop(images, boxes, size):
+    """Boxes (B, 4), in pixels left, top, right and bottom, of images: as random_crops, unflipped.
+
+    Averages where it shrinks, so nothing aliases.
+    """
+    which = torch.arange(len(boxes), device=boxes.device) % len(images)
+    images = images.to(boxes.device, non_blocking=True).float()
+    crops = roi_align(images, torch.cat([which[:, None], boxes], dim=1), size, aligned=True)
+    mean, std = (figure.to(crops, non_blocking=True) for figure in (MEAN, STD))
+    return (crops - mean) / std
 
 
 # ------------------------------------------------------------------------------------ Masks
@@ -338,16 +334,14 @@ MASKS = {"random": random_mask, "block": block_mask, "grid": grid_mask}
 
 def patchify(images, patch_size):
     """(B, C, H, W) -> (B, N, P), patches row by row, each laid out as rows, columns, channels."""
-    (B, C, H, W), p = images.shape, patch_size
-    x = images.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1)
-    return x.reshape(B, (H // p) * (W // p), p * p * C)
+    x = images.unflatten(2, (-1, patch_size)).unflatten(4, (-1, patch_size))  # (B, C, h, p, w, p)
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(1, 2).flatten(2)
 
 
 def unpatchify(patches, grid, patch_size):
     """(B, N, P) -> (B, C, H, W), the inverse of patchify. grid: (H/p, W/p)."""
-    (h, w), p = grid, patch_size
-    x = patches.reshape(len(patches), h, w, p, p, -1).permute(0, 5, 1, 3, 2, 4)
-    return x.reshape(len(patches), -1, h * p, w * p)
+    x = patches.unflatten(1, grid).unflatten(3, (patch_size, patch_size, -1))  # (B, h, w, p, p, C)
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
 def sincos_positions(grid, dim):
@@ -377,23 +371,21 @@ def take(x, index):
 
 
 class Attention(nn.Module):
+    """Self-attention of tokens (B, N, D)."""
+
     def __init__(self, dim, num_heads):
         super().__init__()
-        self.num_heads, self.qkv, self.proj = (
-            num_heads,
-            nn.Linear(dim, 3 * dim),
-            nn.Linear(dim, dim),
-        )
+        self.num_heads, self.qkv = num_heads, nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
-        B, N, D = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D/heads)
         if x.is_cuda:
             x = F.scaled_dot_product_attention(q, k, v)
         else:  # written out, a training step is 1.5 times faster on a CPU at 17 to 65 tokens
             x = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1) @ v
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+        return self.proj(x.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -401,11 +393,11 @@ class Block(nn.Module):
 
     def __init__(self, dim, num_heads, mlp_ratio=4.0):
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, num_heads)
-        self.norm2, self.drop_path = nn.LayerNorm(dim, eps=1e-6), 0.0
-        fc1, fc2 = nn.Linear(dim, int(dim * mlp_ratio)), nn.Linear(int(dim * mlp_ratio), dim)
-        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
-        for linear in (self.attn.qkv, self.attn.proj, fc1, fc2):
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.attn, self.mlp, self.drop_path = Attention(dim, num_heads), nn.Sequential(), 0.0
+        self.mlp.fc1, self.mlp.act = nn.Linear(dim, int(dim * mlp_ratio)), nn.GELU()
+        self.mlp.fc2 = nn.Linear(int(dim * mlp_ratio), dim)
+        for linear in (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
@@ -428,9 +420,9 @@ class ViT(nn.Module):
         self.patch_size, self.grid = patch_size, (H // patch_size, W // patch_size)
         self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim) * 0.02)
         self.register_buffer("pos_embed", sincos_positions(self.grid, embed_dim))
-        proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
-        nn.init.xavier_uniform_(proj.weight.view(embed_dim, -1))
-        self.patch_embed = nn.Sequential(OrderedDict(proj=proj))
+        self.patch_embed = nn.Sequential()
+        self.patch_embed.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(embed_dim, -1))
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
 
@@ -463,9 +455,8 @@ class Decoder(nn.Module):
 
     def forward(self, tokens, visible, targets):
         """tokens (B, 1 + V, D), indices visible (B, V) and targets (B, K) -> (B, K, out_dim)."""
-        pos = self.decoder_pos_embed
-        places = torch.cat([visible.new_zeros(len(visible), 1), visible + 1], dim=1)
-        x = self.decoder_embed(tokens) + take(pos, places)
+        pos, x = self.decoder_pos_embed, self.decoder_embed(tokens)
+        x = x + take(pos, F.pad(visible + 1, (1, 0)))  # the class token's position is the first
         x = torch.cat([x, self.mask_token + take(pos, targets + 1)], dim=1)  # in any order:
         for block in self.decoder_blocks:  # attention does not mind
             x = block(x)
@@ -568,8 +559,7 @@ class RelaxMIM(nn.Module):
             x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()
         if c.loss == "mae":
             return mae_loss(d1, x), figures
-        z2 = self.encoder(view2, mask2, self.hidden2)
-        d2 = self.head(z2[:, 1:]).float()  # d'(z2): (B, K, P)
+        d2 = self.head(self.encoder(view2, mask2, self.hidden2)[:, 1:]).float()  # d'(z2): (B, K, P)
         figures["output_std"] = d2.detach().flatten(0, 1).std(0).mean()  # 0: collapsed
         return relax_loss(d1, d2, x, c.relax_weight), figures
 
@@ -639,6 +629,20 @@ def learning_rate(step, config):
     return config.lr * min((step + 1) / rise, 0.5 + 0.5 * math.cos(math.pi * fall))
 
 
+def distribute(model, device):
+    """The model to call in training: compiled on CUDA, with the gradients of all processes."""
+    if device.startswith("cuda"):
+        model.compile()
+    return nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+
+
+def decay_groups(parameters, weight_decay, scale=1.0):
+    """Parameter groups in which only what has two dimensions or more decays."""
+    matrices = {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay}
+    vectors = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
+    return [{**group, "scale": scale} for group in (matrices, vectors)]
+
+
 def pick_device(config):
     """The device asked for, or the best there is; and autocast to bfloat16 where that is native."""
     best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -647,17 +651,16 @@ def pick_device(config):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError):
         fail(f"--device {device}: not to be had here; auto takes what is")
-    if WORLD > 1:
-        if not distributed.is_initialized():
-            distributed.init_process_group("nccl" if device == "cuda" else "gloo")
-        device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
-    capabilities = getattr(
-        torch.cpu, "get_capabilities", dict
-    )()  # not in every torch: then float32
-    native = device == "cpu" and capabilities.get("avx512_bf16", False)
-    native |= device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+    native = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    native = torch.cuda.is_bf16_supported(False) if device == "cuda" else native and device == "cpu"
     low = native if config.precision == "auto" else config.precision == "bfloat16"
-    return device, torch.autocast(device.split(":")[0], torch.bfloat16, enabled=low)
+    autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=low)
+    if WORLD > 1 and not distributed.is_initialized():
+        distributed.init_process_group()  # nccl for tensors on CUDA, gloo on the CPU
+    return (
+        f"cuda:{os.environ['LOCAL_RANK']}" if WORLD > 1 and device == "cuda" else device,
+        autocast,
+    )
 
 
 def load_checkpoint(path):
@@ -707,20 +710,6 @@ def start_run(config):
         fail(f"--out {folder}: cannot be written in {above}; name another")
 
 
-def distribute(model, device):
-    """The model to call in training: compiled on CUDA, with the gradients of all processes."""
-    if device.startswith("cuda"):
-        model.compile()
-    return DistributedDataParallel(model) if WORLD > 1 else model
-
-
-def decay_groups(parameters, weight_decay, scale=1.0):
-    """Parameter groups in which only what has two dimensions or more decays."""
-    matrices = {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay}
-    vectors = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
-    return [{**group, "scale": scale} for group in (matrices, vectors)]
-
-
 def fit(config, parts, optimizer, resumed, data, device, forward, watch):
     """The one loop: from the step that `resumed` had come to, or 0, to config.steps.
 
@@ -728,10 +717,10 @@ def fit(config, parts, optimizer, resumed, data, device, forward, watch):
     of figures of one batch, tensors all; watch(): figures that cost more. Nothing makes a GPU wait
     but the log. Returns the last line of the log.
     """
-    first, T, B, folder, caught = 0, config.steps, config.batch_size, Path(config.out), []
-    log, lines = folder / "log.jsonl", []
+    T, B, folder, caught, lines = config.steps, config.batch_size, Path(config.out), [], []
+    log, first = folder / "log.jsonl", resumed["step"] if resumed else 0
     if resumed:
-        first, lines = resumed["step"], log.read_text().splitlines(keepends=True)
+        lines = [x for x in log.read_text().splitlines() if json.loads(x)["step"] <= first]
         try:
             for name, part in {**parts, "optimizer": optimizer}.items():
                 part.load_state_dict(resumed[name])
@@ -742,7 +731,7 @@ def fit(config, parts, optimizer, resumed, data, device, forward, watch):
         folder.mkdir(parents=True, exist_ok=True)
         if not resumed:
             (folder / "checkpoint.pt").unlink(missing_ok=True)
-        log.write_text("".join(line for line in lines if json.loads(line)["step"] <= first))
+        log.write_text("".join(f"{line}\n" for line in lines))
         (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
         (folder / "images.txt").write_text("".join(f"{name}\n" for name in data.names))
         print(f"{len(data)} images, {T} steps of {B} = {T * B / len(data):.1f} epochs, on {device}")
@@ -755,9 +744,9 @@ def fit(config, parts, optimizer, resumed, data, device, forward, watch):
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     broken = 0.0  # gradients that were not finite
     order = torch.Generator().manual_seed(config.seed)  # each epoch takes all images once
-    order = RandomSampler(data, num_samples=T * B, generator=order)
-    order = islice(BatchSampler(order, B, drop_last=False), first, None)
-    bar = data.batches((index[MINE] for index in order), device, config.workers)
+    order = BatchSampler(RandomSampler(data, num_samples=T * B, generator=order), B, False)
+    order = (index[MINE] for index in islice(order, first, None))
+    bar = data.batches(order, device, config.workers)
     bar = tqdm(bar, total=T, initial=first, unit=" images", unit_scale=B, disable=RANK > 0)
     for step, (index, pixels) in enumerate(bar, first + 1):
         set_seed(config.seed, step)  # all that is random in a step is a function of its number

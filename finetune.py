@@ -1,4 +1,8 @@
 # SPDX-License-Identifier: MIT
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.9.1", "torchvision>=0.24.1", "numpy>=1.26.4", "tqdm>=4.66.1"]
+# ///
 """Fine-tune what relaxmim.py has pretrained, probe it with a linear head, or train from scratch.
 
     python finetune.py runs/infonce-synthetic-1              all weights, from a run or a checkpoint
@@ -23,27 +27,7 @@ from torch import nn
 from torch.utils.data import BatchSampler
 from torchvision.transforms import v2
 
-from relaxmim import (
-    MINE,
-    RANK,
-    SIZES,
-    Images,
-    ViT,
-    crop,
-    decay_groups,
-    distribute,
-    fail,
-    fit,
-    load_checkpoint,
-    open_data,
-    option,
-    parse,
-    pick_device,
-    random_crops,
-    set_seed,
-    sincos_positions,
-    start_run,
-)
+import relaxmim as mim
 
 
 @dataclass
@@ -54,37 +38,37 @@ class Config:
     gave 53.7 % with layer_decay 1, 52.6 % with 0.9 and 51.4 % with 0.75, which long runs like.
     """
 
-    checkpoint: tuple = option((), "a run's folder or its checkpoint.pt; none: from scratch")
-    data: str = option("synthetic", "synthetic, cifar10, cifar100, stl10 or a folder")
-    num_labels: int = option(0, "labelled training images, taken at random; 0: all", 0, 10**9)
-    validate: bool = option(False, "report on a tenth held out from train, never on test")
-    linear_probe: bool = option(False, "train a linear head only, on the frozen encoder")
-    model: str = option("", "size; empty: the checkpoint's, or nano", "", *SIZES)
-    patch_size: int = option(0, "side of a patch; 0: the checkpoint's, or 4", 0, 1024)
-    img_size: int = option(0, "side of an image in pixels; 0: the checkpoint's, or 32", 0, 4096)
-    data_dir: str = option("data", "where torchvision's sets are kept")
-    cache_gb: float = option(4.0, "a folder larger than this is streamed, GiB", 0.0, 1e6)
-    workers: int = option(2, "processes that read files", 0, 256)
-    steps: int = option(800, "optimizer steps", 1, 10**9)
-    batch_size: int = option(128, "images per step", 2, 10**6)
-    lr: float = option(1e-3, "peak learning rate, of the head", 1e-12, 10.0)
-    layer_decay: float = option(1.0, "learning rate of a block over the next one's", 0.01, 1.0)
-    weight_decay: float = option(0.05, "decay of matrices", 0.0, 10.0)
-    drop_path: float = option(0.0, "chance to skip a branch, in the last block", 0.0, 0.99)
-    label_smoothing: float = option(0.1, "share of the target spread over all classes", 0.0, 0.99)
-    mixup: float = option(0.0, "alpha of MixUp; 0: off", 0.0, 100.0)
-    cutmix: float = option(0.0, "alpha of CutMix; 0: off", 0.0, 100.0)
-    smallest_crop: float = option(0.5, "smallest area of a training crop", 0.01, 1.0)
-    seed: int = option(0, "of all that is random", 0, 2**31)
-    out: str = option("", "folder of the run; empty: runs/finetune-CHECKPOINT")
-    resume: bool = option(False, "go on with the run in that folder")
-    overwrite: bool = option(False, "replace the run in that folder")
-    save_every: int = option(500, "steps between checkpoints", 1, 10**9)
-    device: str = option("auto", "auto, cpu, cuda or mps")
-    precision: str = option("auto", "of matrix products", "auto", "float32", "bfloat16")
+    checkpoint: tuple = mim.option((), "a run's folder or its checkpoint.pt; none: from scratch")
+    data: str = mim.option("synthetic", "synthetic, cifar10, cifar100, stl10 or a folder")
+    num_labels: int = mim.option(0, "labelled training images, taken at random; 0: all", 0, 10**9)
+    validate: bool = mim.option(False, "report on a tenth held out from train, never on test")
+    linear_probe: bool = mim.option(False, "frozen encoder: linear head and nearest neighbours")
+    model: str = mim.option("", "size; empty: the checkpoint's, or nano", "", *mim.SIZES)
+    patch_size: int = mim.option(0, "side of a patch; 0: the checkpoint's, or 4", 0, 1024)
+    img_size: int = mim.option(0, "side of an image in pixels; 0: the checkpoint's, or 32", 0, 4096)
+    data_dir: str = mim.option("data", "where torchvision's sets are kept")
+    cache_gb: float = mim.option(1.0, "a folder larger than this is streamed, GiB", 0.0, 1e6)
+    workers: int = mim.option(2, "processes that read files", 0, 256)
+    steps: int = mim.option(800, "optimizer steps", 1, 10**9)
+    batch_size: int = mim.option(128, "images per step", 2, 10**6)
+    lr: float = mim.option(1e-3, "peak learning rate, of the head", 1e-12, 10.0)
+    layer_decay: float = mim.option(1.0, "learning rate of a block over the next one's", 0.01, 1.0)
+    weight_decay: float = mim.option(0.05, "decay of matrices", 0.0, 10.0)
+    drop_path: float = mim.option(0.0, "chance to skip a branch, in the last block", 0.0, 0.99)
+    label_smoothing: float = mim.option(0.1, "share of the target given to all", 0.0, 0.99)
+    mixup: float = mim.option(0.0, "alpha of MixUp; 0: off", 0.0, 100.0)
+    cutmix: float = mim.option(0.0, "alpha of CutMix; 0: off", 0.0, 100.0)
+    smallest_crop: float = mim.option(0.5, "smallest area of a training crop", 0.01, 1.0)
+    seed: int = mim.option(0, "of all that is random", 0, 2**31)
+    out: str = mim.option("", "folder of the run; empty: runs/finetune-CHECKPOINT")
+    resume: bool = mim.option(False, "go on with the run in that folder")
+    overwrite: bool = mim.option(False, "replace the run in that folder")
+    save_every: int = mim.option(500, "steps between checkpoints", 1, 10**9)
+    device: str = mim.option("auto", "auto, cpu, cuda or mps")
+    precision: str = mim.option("auto", "of matrix products", "auto", "float32", "bfloat16")
 
 
-class Classifier(ViT):
+class Classifier(mim.ViT):
     """ViT, mean over the patch tokens, norm, linear head: timm's with global_pool="avg".
 
     probe: the encoder keeps its own norm, and a batch norm without weights comes before the head.
@@ -118,16 +102,16 @@ def load_source(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
         weights = content.get("model", content)
         if "format" in content or "patch_embed.proj.weight" not in weights:
-            return load_checkpoint(path)
+            return mim.load_checkpoint(path)
     except Exception:  # noqa: BLE001 (a folder, or what is no checkpoint at all)
-        return load_checkpoint(path)
+        return mim.load_checkpoint(path)
     decoder = ("decoder", "mask_token")
     weights = {name: value for name, value in weights.items() if not name.startswith(decoder)}
     dim, patch = (weights["patch_embed.proj.weight"].shape[i] for i in (0, -1))
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    model = next((name for name, size in SIZES.items() if size[:2] == (dim, depth)), None)
+    model = next((name for name, size in mim.SIZES.items() if size[:2] == (dim, depth)), None)
     if model is None or "pos_embed" not in weights:
-        fail(f"{path}: no model of width {dim} and depth {depth} is known, or pos_embed lacks")
+        mim.fail(f"{path}: no model of width {dim} and depth {depth} is known, or pos_embed lacks")
     side = round((weights["pos_embed"].shape[1] - 1) ** 0.5) * patch
     config = {"model": model, "patch_size": patch, "img_size": side, "linear_probe": False}
     return {"config": {**config, "data": "synthetic"}, "encoder": weights}
@@ -140,8 +124,8 @@ def fit_positions(model, weights):
         return weights
     side = round((found.shape[1] - 1) ** 0.5)
     if side**2 != found.shape[1] - 1 or found.shape[2] != fixed.shape[2]:
-        fail(f"pos_embed of shape {tuple(found.shape)}: not of a square image of this model's")
-    if not torch.allclose(found, sincos_positions((side, side), found.shape[2]), atol=1e-4):
+        mim.fail(f"pos_embed of shape {tuple(found.shape)}: not of a square image of this model's")
+    if not torch.allclose(found, mim.sincos_positions((side, side), found.shape[2]), atol=1e-4):
         table = found[:, 1:].mT.unflatten(2, (side, side))  # learned: (1, D, side, side)
         table = F.interpolate(table, model.grid, mode="bicubic", antialias=True)
         fixed = torch.cat([found[:, :1], table.flatten(2).mT], dim=1)
@@ -153,7 +137,7 @@ def build(config, weights, num_classes):
 
     Where they do not fit, one line names what is missing or left over, and the program ends.
     """
-    size = SIZES[config.model]
+    size = mim.SIZES[config.model]
     probe = config.linear_probe
     options = {"num_classes": num_classes, "probe": probe, "drop_path": config.drop_path}
     model = Classifier(config.img_size, config.patch_size, 3, *size, **options)
@@ -164,11 +148,11 @@ def build(config, weights, num_classes):
         try:
             missing, extra = model.load_state_dict(fit_positions(model, weights), strict=False)
         except RuntimeError as error:
-            fail(f"{config.checkpoint[0]}: {' '.join(str(error).split())[:160]}")
+            mim.fail(f"{config.checkpoint[0]}: {' '.join(str(error).split())[:160]}")
         missing = [k for k in missing if not k.startswith(("head", "fc_norm"))]
         extra = [k for k in extra if not k.startswith("norm.")]  # replaced by fc_norm
         if missing or extra:
-            fail(f"{config.checkpoint[0]}: missing {missing}, left over {extra}")
+            mim.fail(f"{config.checkpoint[0]}: missing {missing}, left over {extra}")
     return model
 
 
@@ -181,13 +165,15 @@ def layer_groups(model, config):
         if parameter.requires_grad:
             layers.setdefault(layer, []).append(parameter)
     scaled = ((config.layer_decay ** (depth + 1 - layer), found) for layer, found in layers.items())
-    return [g for scale, found in scaled for g in decay_groups(found, config.weight_decay, scale)]
+    return [
+        g for scale, found in scaled for g in mim.decay_groups(found, config.weight_decay, scale)
+    ]
 
 
 def choose(data, index):
     """The images at `index`, (n,), alone."""
     pixels = None if data.pixels is None else data.pixels[index]
-    return Images([data.names[i] for i in index], pixels, data.size)
+    return mim.Images([data.names[i] for i in index], pixels, data.size)
 
 
 def class_names(data):
@@ -199,7 +185,7 @@ def whole(pixels, size):
     """uint8 images as they are, resized and normalised: (B, 3, size, size)."""
     (H, W), B = pixels.shape[2:], len(pixels)
     boxes = torch.tensor([[0.0, 0.0, W, H]], device=pixels.device).expand(B, -1)
-    return crop(pixels, boxes, size)
+    return mim.crop(pixels, boxes, size)
 
 
 @torch.no_grad()
@@ -213,21 +199,42 @@ def accuracy(model, data, labels, device, size, workers=0):
     return right / len(data)
 
 
+@torch.no_grad()
+def nearest_neighbours(model, data, labels, test, test_labels, size, device, workers=0, k=20):
+    """Accuracy of a vote of the k nearest training images, by the cosine of mean patch tokens.
+
+    Centred by the mean of the training images; a vote weighs exp(cosine / 0.07) (Wu et al., 2018).
+    """
+    found, model = [], model.eval()
+    for part in (data, test):
+        every = BatchSampler(range(len(part)), 256, drop_last=False)
+        pixels = (pixels for _, pixels in part.batches(every, device, workers))
+        tokens = (mim.ViT.forward(model, whole(x, size))[:, 1:].float().mean(1) for x in pixels)
+        found.append(torch.cat(list(tokens)))
+    train, test = (F.normalize(x - found[0].mean(0), dim=1) for x in found)  # (n, D) each
+    right, labels = 0, F.one_hot(labels).float()
+    for chunk, answer in zip(test.split(256), test_labels.to(device).split(256)):
+        cosine, index = (chunk @ train.T).topk(min(k, len(train)))  # (B, k)
+        votes = (cosine / 0.07).exp()[..., None] * labels[index]  # (B, k, classes)
+        right += (votes.sum(1).argmax(1) == answer).sum().item()
+    return right / len(test)
+
+
 def open_parts(config):
     """The images to train on and those to report on, the labels of each, and the classes."""
-    data = open_data(config)
+    data = mim.open_data(config)
     labelled = [i for i, name in enumerate(class_names(data)) if name != "unlabelled"]  # STL10
     classes = sorted({*class_names(data)} - {"unlabelled"})
     if config.validate:  # always the same tenth
         order, tenth = np.random.default_rng(0).permutation(labelled), len(labelled) // 10
         labelled, test = order[tenth:], choose(data, order[:tenth])
     else:
-        test = open_data(config, train=False)
+        test = mim.open_data(config, train=False)
     if len(classes) < 2 or not {*class_names(test)} <= {*classes}:
         found = sorted({*class_names(test)})
-        fail(f"--data {config.data}: classes {classes[:9]} in train, {found[:9]} in test")
+        mim.fail(f"--data {config.data}: classes {classes[:9]} in train, {found[:9]} in test")
     if config.num_labels > len(labelled):
-        fail(f"--num-labels {config.num_labels}: {len(labelled)} labelled images found")
+        mim.fail(f"--num-labels {config.num_labels}: {len(labelled)} labelled images found")
     order = np.random.default_rng([config.seed, 1]).permutation(labelled)
     data = choose(data, order[: config.num_labels or None])
     labels = [torch.tensor([classes.index(c) for c in class_names(x)]) for x in (data, test)]
@@ -237,11 +244,11 @@ def open_parts(config):
 def train(config, source):
     """One fine-tuning run, from data to the figure on test. source: a checkpoint, or None."""
     started = time.time()
-    device, autocast = pick_device(config)
-    resumed = start_run(config)
+    device, autocast = mim.pick_device(config)
+    resumed = mim.start_run(config)
     data, test, labels, test_labels, classes = open_parts(config)
     size, labels = config.img_size, labels.to(device)
-    set_seed(config.seed, 2**32)
+    mim.set_seed(config.seed, 2**32)
     model = build(config, source and source["encoder"], len(classes)).to(device)
     if config.linear_probe:
         frozen = {k: v.clone() for k, v in model.state_dict().items() if "head" not in k}
@@ -251,54 +258,59 @@ def train(config, source):
     mixes = [v2.MixUp(alpha=config.mixup, num_classes=n)] if config.mixup else []
     mixes += [v2.CutMix(alpha=config.cutmix, num_classes=n)] if config.cutmix else []
     mix = v2.RandomChoice(mixes) if mixes and not config.linear_probe else v2.Identity()
-    net = distribute(model, device)
+    net = mim.distribute(model, device)
 
     def forward(index, pixels):
         model.train()
-        u = torch.rand(5, config.batch_size, device=device)[:, MINE]
-        images = random_crops(pixels, u, size, config.smallest_crop)
+        u = torch.rand(5, config.batch_size, device=device)[:, mim.MINE]
+        images = mim.random_crops(pixels, u, size, config.smallest_crop)
         images, target = mix(images, labels[index.to(device, non_blocking=True)])
         with autocast:
             logits = net(images).float()
         return F.cross_entropy(logits, target, label_smoothing=config.label_smoothing), {}
 
     parts = {"encoder": model}
-    fit(config, parts, optimizer, resumed, data, device, forward, dict)
-    if RANK > 0:
+    mim.fit(config, parts, optimizer, resumed, data, device, forward, dict)
+    if mim.RANK > 0:
         return
     if config.linear_probe:
         now = model.state_dict()
         moved = [k for k, v in frozen.items() if "fc_norm" not in k and (now[k] != v).any()]
         assert not moved, f"the frozen encoder moved: {moved}"
+    part = "validation" if config.validate else "test"
     with autocast:
         figure = accuracy(model, test, test_labels, device, size, config.workers)
-    part = "validation" if config.validate else "test"
-    minutes = (time.time() - started) / 60
-    result = {f"{part}_accuracy": figure, "images": len(test), "minutes": round(minutes, 2)}
+        result = {f"{part}_accuracy": figure, "images": len(test)}
+        if config.linear_probe:
+            pair = (data, labels, test, test_labels)
+            found = nearest_neighbours(model, *pair, size, device, config.workers)
+            result[f"{part}_accuracy_of_neighbours"] = found
+            print(f"accuracy of 20 nearest neighbours: {found:.2%}")
+    result["minutes"] = round((time.time() - started) / 60, 2)
     result = json.dumps({**result, **asdict(config)}, indent=2)
     Path(config.out, "result.json").write_text(result + "\n")
     print(f"accuracy on the {len(test)} {part} images: {figure:.2%}; written to {config.out}")
 
 
 def main(args):
-    config = parse(Config, __doc__, args)
+    config = mim.parse(Config, __doc__, args)
     if len(config.checkpoint) > 1:
-        fail(f"{' '.join(config.checkpoint)}: one checkpoint at a time")
+        mim.fail(f"{' '.join(config.checkpoint)}: one checkpoint at a time")
     source = load_source(config.checkpoint[0]) if config.checkpoint else None
     if config.linear_probe and not source:
-        fail("--linear-probe: needs a checkpoint, whose encoder it freezes")
+        mim.fail("--linear-probe: needs a checkpoint, whose encoder it freezes")
     known = source["config"] if source else {"model": "nano", "patch_size": 4, "img_size": 32}
     for name in ("model", "patch_size", "img_size"):
         setattr(config, name, getattr(config, name) or known.get(name))
-    if config.model not in SIZES or not config.img_size or not config.patch_size:
-        fail(f"{config.checkpoint[0]}: its config names no known model, image and patch size")
+    if config.model not in mim.SIZES or not config.img_size or not config.patch_size:
+        mim.fail(f"{config.checkpoint[0]}: its config names no known model, image and patch size")
     if config.img_size % config.patch_size:
-        fail(f"--patch-size {config.patch_size}: must divide --img-size {config.img_size}")
+        mim.fail(f"--patch-size {config.patch_size}: must divide --img-size {config.img_size}")
     folder = Path(config.data)
     if folder.exists() and not all(
         any((folder / part).is_dir() for part in parts) for parts in (["train"], ["test", "val"])
     ):
-        fail(f"--data {folder}: takes a folder of train/CLASS/ and test/CLASS/ or val/CLASS/")
+        mim.fail(f"--data {folder}: takes a folder of train/CLASS/ and test/CLASS/ or val/CLASS/")
     path = Path(config.checkpoint[0]) if source else Path("scratch")
     stem = (path.parent if path.suffix else path).name
     kind = "probe" if config.linear_probe else "finetune"

@@ -1,4 +1,8 @@
 # SPDX-License-Identifier: MIT
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.9.1", "torchvision>=0.24.1", "numpy>=1.26.4", "tqdm>=4.66.1"]
+# ///
 """Measure what occlusion does to a model: accuracy, or features, as more of each image is hidden.
 
     python eval_occlusion.py runs/finetune-A runs/finetune-B   accuracy of classifiers, side by side
@@ -11,6 +15,7 @@ with what the models were shown, and occlusion-curve.png where matplotlib is ins
 """
 
 import json
+import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,56 +27,44 @@ import torch.nn.functional as F
 from torch.utils.data import BatchSampler
 from torchvision.utils import make_grid, save_image
 
+import relaxmim as mim
 from finetune import Classifier, choose, class_names, load_source, whole
-from relaxmim import (
-    MASKS,
-    MEAN,
-    SIZES,
-    STD,
-    ViT,
-    fail,
-    hide,
-    open_data,
-    option,
-    parse,
-    patchify,
-    pick_device,
-    places,
-    set_seed,
-    unpatchify,
-)
 
 
 @dataclass
 class Config:
     """What to measure, and on what."""
 
-    checkpoints: tuple = option((), "runs' folders or checkpoints, one or more")
-    ratios: str = option("0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9", "shares of the patches hidden")
-    shapes: str = option("random,block,centre", "what is hidden: random, block, grid, centre")
-    fill: str = option("drop", "what hidden patches show", "drop", "mean", "noise", "swap")
-    mask_seeds: int = option(3, "masks tried on each image", 1, 1000)
-    data: str = option("", "set or folder with labels; empty: the first checkpoint's")
-    num_images: int = option(2000, "test images at most, taken at random; 0: all", 0, 10**9)
-    data_dir: str = option("data", "where torchvision's sets are kept")
-    cache_gb: float = option(4.0, "a folder larger than this is streamed, GiB", 0.0, 1e6)
-    workers: int = option(2, "processes that read files", 0, 256)
-    batch_size: int = option(250, "images at a time; features: in all", 2, 10**6)
-    seed: int = option(0, "of images, masks and noise", 0, 2**31)
-    out: str = option("runs/occlusion", "folder for what is written")
-    device: str = option("auto", "auto, cpu, cuda or mps")
-    precision: str = option("auto", "of matrix products", "auto", "float32", "bfloat16")
+    checkpoints: tuple = mim.option((), "runs' folders or checkpoints, one or more")
+    ratios: str = mim.option(
+        "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9", "shares of the patches hidden"
+    )
+    shapes: str = mim.option("random,block,centre", "what is hidden: random, block, grid, centre")
+    fill: str = mim.option("drop", "what hidden patches show", "drop", "mean", "noise", "swap")
+    mask_seeds: int = mim.option(3, "masks tried on each image", 1, 1000)
+    data: str = mim.option("", "set or folder with labels; empty: the first checkpoint's")
+    cue_conflict: str = mim.option("", "folder of SHAPEn-TEXTUREm.png: measure shape bias too")
+    num_images: int = mim.option(2000, "test images at most, taken at random; 0: all", 0, 10**9)
+    data_dir: str = mim.option("data", "where torchvision's sets are kept")
+    cache_gb: float = mim.option(1.0, "a folder larger than this is streamed, GiB", 0.0, 1e6)
+    workers: int = mim.option(2, "processes that read files", 0, 256)
+    batch_size: int = mim.option(250, "images at a time; features: in all", 2, 10**6)
+    seed: int = mim.option(0, "of images, masks and noise", 0, 2**31)
+    out: str = mim.option("runs/occlusion", "folder for what is written")
+    device: str = mim.option("auto", "auto, cpu, cuda or mps")
+    precision: str = mim.option("auto", "of matrix products", "auto", "float32", "bfloat16")
 
 
 def centre_mask(batch, grid, ratio, generator=None, device=None):
     """Hidden from the centre outwards, in squares; the same for every image but for ties."""
     extent = torch.tensor(grid, device=device)
-    away = ((places(grid, device) + 0.5) / extent - 0.5).abs().amax(-1)  # (N,)
+    away = ((mim.places(grid, device) + 0.5) / extent - 0.5).abs().amax(-1)  # (N,)
     ties = torch.rand(batch, len(away), generator=generator, device=device)
-    return hide(away + 1e-3 * ties, ratio)
+    return mim.hide(away + 1e-3 * ties, ratio)
 
 
-SHAPES = {**MASKS, "centre": centre_mask}
+SHAPES = {**mim.MASKS, "centre": centre_mask}
+SYNONYMS = {"car": "automobile", "boat": "ship", "plane": "airplane", "bike": "bicycle"}
 
 
 def occlude(images, mask, patch_size, fill):
@@ -79,10 +72,10 @@ def occlude(images, mask, patch_size, fill):
     the patches of the batch's next image. Normalised values: 0 is the mean colour, noise has std 1.
     """
     other = {"noise": torch.randn_like(images), "swap": images.roll(1, 0)}
-    patches = patchify(other.get(fill, torch.zeros_like(images)), patch_size)
-    patches = torch.where(mask[..., None], patches, patchify(images, patch_size))
+    patches = mim.patchify(other.get(fill, torch.zeros_like(images)), patch_size)
+    patches = torch.where(mask[..., None], patches, mim.patchify(images, patch_size))
     rows, cols = images.shape[2] // patch_size, images.shape[3] // patch_size
-    return unpatchify(patches, (rows, cols), patch_size)
+    return mim.unpatchify(patches, (rows, cols), patch_size)
 
 
 def look(model, images, mask, fill):
@@ -97,15 +90,17 @@ def open_model(path, device):
     content = load_source(path)
     config, weights = content["config"], content["encoder"]
     try:
-        size = config["img_size"], config["patch_size"], 3, *SIZES[config["model"]]
+        kind, options = mim.ViT, {}
         if "head.weight" in weights:
             options = {"num_classes": len(weights["head.weight"]), "probe": config["linear_probe"]}
-            model = Classifier(*size, **options)
-        else:
-            model = ViT(*size)
+            kind = Classifier
+        size = config["img_size"], config["patch_size"], 3, *mim.SIZES[config["model"]]
+        model = kind(*size, **options)
         model.load_state_dict(weights)
     except (KeyError, RuntimeError, ValueError) as error:
-        fail(f"{path}: its weights do not fit its config ({' '.join(str(error).split())[:120]})")
+        mim.fail(
+            f"{path}: its weights do not fit its config ({' '.join(str(error).split())[:120]})"
+        )
     return model.eval().to(device), config
 
 
@@ -119,11 +114,10 @@ def batches(config, data, img_size, device):
 def masks(config, shape, ratio, seed, index, grid, device):
     """The masks (B, N) of the images `index`: a function of seed, shape, ratio and index alone."""
     stream = (seed * 100 + list(SHAPES).index(shape)) * 1000 + round(ratio * 999)
-    set_seed(config.seed, stream * 2**20 + int(index[0]))
+    mim.set_seed(config.seed, stream * 2**20 + int(index[0]))
     return SHAPES[shape](len(index), grid, ratio, device=device)
 
 
-@torch.no_grad()
 def accuracies(config, model, data, labels, img_size, shape, ratios, device):
     """Accuracy at each ratio: a list of (mean, std) over the mask seeds."""
     found = []
@@ -144,8 +138,8 @@ def area(ratios, values):
     """Mean height of a curve over its range of ratios, by the trapezoid rule."""
     if len(ratios) < 2:
         return values[0]
-    steps = zip(ratios, ratios[1:], values, values[1:])
-    return sum((b - a) * (u + v) / 2 for a, b, u, v in steps) / (ratios[-1] - ratios[0])
+    total = torch.trapezoid(torch.tensor(values).double(), torch.tensor(ratios).double())
+    return total.item() / (ratios[-1] - ratios[0])
 
 
 def cka(a, b):
@@ -155,19 +149,14 @@ def cka(a, b):
 
 
 def cosine(a, b):
-    """Mean cosine of features (n, D), centred over both."""
-    centre = torch.cat([a, b]).mean(0)
-    return F.cosine_similarity(a - centre, b - centre).mean().item()
+    """Mean cosine of features (n, D), centred over both: -1..1."""
+    return F.cosine_similarity(*(torch.stack([a, b]) - (a + b).mean(0) / 2)).mean().item()
 
 
-@torch.no_grad()
 def block_features(model, images, mask, fill):
     """Mean patch token after each block: a list of (B, D)."""
     found = []
-
-    def keep(block, inputs, tokens):
-        found.append(tokens[:, 1:].float().mean(1))
-
+    keep = lambda block, inputs, tokens: found.append(tokens[:, 1:].float().mean(1))
     hooks = [block.register_forward_hook(keep) for block in model.blocks]
     look(model, images, mask, fill)
     for hook in hooks:
@@ -189,35 +178,61 @@ def alignment(config, model, data, img_size, shape, ratios, device):
     return found
 
 
-def draw(config, images, patch_size, shapes, ratios, path):
+def draw(config, model, images, shapes, ratios, path):
     """A row for each shape, a column for each ratio: what the models were shown."""
     shown, index = [], torch.arange(len(images))
-    grid = images.shape[2] // patch_size, images.shape[3] // patch_size
     for shape in shapes:
         for ratio in ratios:
-            mask = masks(config, shape, ratio, 0, index, grid, images.device)
-            shown.append(occlude(images, mask, patch_size, config.fill)[0])
-    shown = (torch.stack(shown).cpu() * STD + MEAN).div(255).clamp(0, 1)
+            mask = masks(config, shape, ratio, 0, index, model.grid, images.device)
+            shown.append(occlude(images, mask, model.patch_size, config.fill)[0])
+    shown = (torch.stack(shown).cpu() * mim.STD + mim.MEAN).div(255).clamp(0, 1)
     shown = F.interpolate(shown, scale_factor=max(1, 96 // images.shape[-1]))
     save_image(make_grid(shown, nrow=len(ratios), padding=4), path)
 
 
-def draw_curves(found, ratios, path):
-    """Accuracy over ratio, a panel for each shape; only where matplotlib can be imported."""
+def draw_curves(panels, x, label, path):
+    """Panels {title: {checkpoint: ys, or pairs of y and std}} over x; matplotlib is optional."""
     try:
         from matplotlib import pyplot
     except ImportError:
-        print("no curve: matplotlib is not installed")
+        print(f"no {path.name}: matplotlib is not installed")
         return
-    figure, panels = pyplot.subplots(1, len(found), figsize=(5 * len(found), 4), squeeze=False)
-    for (shape, models), panel in zip(found.items(), panels[0]):
-        for name, result in models.items():
-            level = [value for value, _ in result["accuracy"]]
-            panel.errorbar(ratios, level, [std for _, std in result["accuracy"]], label=name)
-        panel.set(title=shape, xlabel="share of patches hidden", ylabel="accuracy")
-        panel.legend()
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
+    for (title, curves), axis in zip(panels.items(), axes[0]):
+        for name, values in curves.items():
+            y, *std = np.array(values).reshape(len(values), -1).T
+            axis.errorbar(x[: len(y)], y, *std, label=name)
+        axis.set(title=title, xlabel=label)
+        axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=100)
+
+
+def cue_conflict(model, folder, classes, img_size, device):
+    """Answers to images of one class's shape in the texture of another (Geirhos et al., 2019).
+
+    folder: SHAPEn-TEXTUREm.png in any depth; those of two known classes are taken. Returns counts:
+    images, and answers that name the shape and the texture.
+    """
+    known, cues = [SYNONYMS.get(name, name) for name in classes], {}
+    for path in sorted(Path(folder).rglob("*-*.png")):
+        cue = [SYNONYMS.get(name, name) for name in re.findall(r"[a-z]+", path.stem.lower())]
+        if len(set(cue)) == 2 and {*cue} <= {*known}:
+            cues[str(path)] = [known.index(name) for name in cue]
+    if not cues:
+        mim.fail(f"--cue-conflict {folder}: no SHAPEn-TEXTUREm.png of two of {', '.join(classes)}")
+    guess = []
+    every = BatchSampler(range(len(cues)), 250, drop_last=False)
+    for _, pixels in mim.Images(list(cues), None, (img_size * 4,) * 2).batches(every, device):
+        guess.append(model(whole(pixels, img_size)).argmax(1).cpu())
+    hits = (torch.cat(guess)[:, None] == torch.tensor(list(cues.values()))).sum(0).tolist()
+    return len(cues), *hits
+
+
+def interval(hits, n, z=1.96):
+    """95 % interval of a share (Wilson, 1927)."""
+    centre, half = hits + z * z / 2, z * (hits * (n - hits) / max(n, 1) + z * z / 4) ** 0.5
+    return (centre - half) / (n + z * z), (centre + half) / (n + z * z)
 
 
 def print_table(head, rows):
@@ -227,90 +242,105 @@ def print_table(head, rows):
         print("| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |")
 
 
-def evaluate(config, ratios, shapes):
+@torch.no_grad()
+def evaluate(config, ratios, shapes, device):
     """All that is asked for, printed and written."""
-    device, autocast = pick_device(config)
-    opened = [open_model(path, device) for path in config.checkpoints]
-    first, folder = opened[0][1], Path(config.out)
-    config.data = config.data or first["data"]
-    names = [Path(p).parent.name if Path(p).suffix else Path(p).name for p in config.checkpoints]
+    paths, folder = [Path(path) for path in config.checkpoints], Path(config.out)
+    names = [path.parent.name if path.suffix else path.name for path in paths]
     names = [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]
-    has_head = [isinstance(model, Classifier) for model, _ in opened]
-    config.img_size = first["img_size"]
-    data = open_data(config, train=False)
+    opened = dict(zip(names, (open_model(path, device) for path in paths)))
+    first, known = opened[names[0]]
+    config.data, config.img_size = config.data or known["data"], known["img_size"]
+    data = mim.open_data(config, train=False)
     classes, n = sorted(set(class_names(data))), config.num_images or len(data)
     data = choose(data, np.random.default_rng([config.seed, 1]).permutation(len(data))[:n])
     labels = torch.tensor([classes.index(name) for name in class_names(data)])
-    for name, (model, _), head in zip(names, opened, has_head):
-        if head and model.head.out_features != len(classes):
-            count = model.head.out_features
-            fail(f"--data {config.data}: {len(classes)} classes; {name} has {count}")
+    heads = {k: (m, c["img_size"]) for k, (m, c) in opened.items() if isinstance(m, Classifier)}
+    bare = {k: (m, c["img_size"]) for k, (m, c) in opened.items() if k not in heads}
+    if bare:  # what features are alike without any training
+        mim.set_seed(config.seed, 0)
+        c = opened[next(iter(bare))][1]
+        blank = mim.ViT(c["img_size"], c["patch_size"], 3, *mim.SIZES[c["model"]])
+        bare["random initialisation"] = blank.eval().to(device), c["img_size"]
+    for name, (model, _) in heads.items():
+        if (count := model.head.out_features) != len(classes):
+            mim.fail(f"--data {config.data}: {len(classes)} classes; {name} has {count}")
+    if config.cue_conflict and not heads:
+        mim.fail(f"--cue-conflict {config.cue_conflict}: needs a checkpoint with a head")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        fail(f"--out {folder}: {error.strerror}")
+        mim.fail(f"--out {folder}: {error.strerror}")
 
     result = {"config": asdict(config), "ratios": ratios, "images": len(data)}
-    result |= {"accuracy": {}, "features": {}}
-    shown = [f"{ratio:.0%}" for ratio in ratios]
+    result |= {"accuracy": {}, "features": {}, "cue_conflict": {}}
     for shape in shapes:
-        curves, rows, table = {}, [], {}
-        for name, (model, c), head in zip(names, opened, has_head):
-            with autocast:
-                if not head:
-                    arguments = (config, model, data, c["img_size"], shape, ratios, device)
-                    table[name] = alignment(*arguments)
-                    continue
-                sizes = (c["img_size"], shape, ratios, device)
-                found = accuracies(config, model, data, labels, *sizes)
+        curves, rows, shown = {}, [], [f"{ratio:.0%}" for ratio in ratios]
+        for name, (model, size) in heads.items():
+            found = accuracies(config, model, data, labels, size, shape, ratios, device)
             level = area(ratios, [value for value, _ in found])
-            curves[name] = {
-                "accuracy": found,
-                "area": level,
-                "kept": level / max(found[0][0], 1e-9),
-            }
+            kept = level / max(found[0][0], 1e-9)
+            curves[name] = {"accuracy": found, "area": level, "kept": kept}
             cells = [f"{100 * value:.1f}±{100 * std:.1f}" for value, std in found]
-            rows.append([name, *cells, f"{100 * level:.1f}", f"{100 * curves[name]['kept']:.0f}%"])
-        if curves:
-            print(
-                f"\naccuracy in %, patches hidden: {shape}, fill: {config.fill}, {len(data)} images"
-            )
+            rows.append([name, *cells, f"{100 * level:.1f}", f"{kept:.0%}"])
+        if heads:
+            print(f"\naccuracy in %, patches hidden: {shape}, fill: {config.fill}, {n} images")
             print_table(["checkpoint", *shown, "area", "kept"], rows)
             result["accuracy"][shape] = curves
-        for name, found in table.items():
-            print(
-                f"\n{name}: clean against occluded features, cosine / CKA, patches hidden: {shape}"
-            )
-            depth = range(len(found[0]["cosine"]))
-            rows = [
-                [f"block {i + 1}", *(f"{f['cosine'][i]:.2f} / {f['cka'][i]:.2f}" for f in found)]
-                for i in depth
-            ]
-            print_table(["after", *shown], rows)
+        for name, (model, size) in bare.items():
+            found = alignment(config, model, data, size, shape, ratios, device)
             result["features"].setdefault(shape, {})[name] = found
-    _, images = next(batches(config, data, first["img_size"], device))
-    draw(config, images[:8], first["patch_size"], shapes, ratios, folder / "occlusion.png")
-    if result["accuracy"]:
-        draw_curves(result["accuracy"], ratios, folder / "occlusion-curve.png")
+            print(f"\n{name}: clean against occluded features, cosine / CKA, hidden: {shape}")
+            cells = [[f"{x:.2f} / {y:.2f}" for x, y in zip(f["cosine"], f["cka"])] for f in found]
+            rows = [[f"block {i}", *row] for i, row in enumerate(zip(*cells), 1)]
+            print_table(["after", *shown], rows)
+    if config.cue_conflict:
+        rows = []
+        for name, (model, size) in heads.items():
+            count, shape, texture = cue_conflict(model, config.cue_conflict, classes, size, device)
+            low, high = interval(shape, shape + texture)
+            found = {"images": count, "shape": shape, "texture": texture, "interval": [low, high]}
+            result["cue_conflict"][name] = found
+            bias = f"{shape / max(shape + texture, 1):.0%} ({low:.0%} to {high:.0%})"
+            rows.append([name, str(count), str(shape), str(texture), bias])
+        print("\nanswers to images of one class's shape in another's texture")
+        print_table(["checkpoint", "images", "shape", "texture", "shape bias (95 %)"], rows)
+
+    _, images = next(batches(config, data, config.img_size, device))
+    draw(config, first, images[:8], shapes, ratios, folder / "occlusion.png")
+    if heads:
+        found = result["accuracy"].items()
+        panels = {shape: {k: v["accuracy"] for k, v in curves.items()} for shape, curves in found}
+        draw_curves(panels, ratios, "share of patches hidden", folder / "occlusion-curve.png")
+    if bare:
+        i = min(range(len(ratios)), key=lambda i: abs(ratios[i] - 0.75))
+        panels = {
+            f"{kind}, {ratios[i]:.0%} hidden, {shape}": {k: v[i][kind] for k, v in found.items()}
+            for shape, found in result["features"].items()
+            for kind in ("cosine", "cka")
+        }
+        draw_curves(panels, range(1, 100), "block", folder / "features-by-block.png")
     (folder / "occlusion.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"\nwritten to {folder}")
 
 
 def main(args):
-    config = parse(Config, __doc__, args)
+    config = mim.parse(Config, __doc__, args)
     if not config.checkpoints:
-        fail("checkpoints: name one or more runs' folders or checkpoint files")
+        mim.fail("checkpoints: name one or more runs' folders or checkpoint files")
     try:
         ratios = [float(part) for part in config.ratios.split(",")]
     except ValueError:
         ratios = [-1.0]
     if ratios != sorted(set(ratios)) or ratios[0] < 0 or ratios[-1] >= 1:
-        fail(f"--ratios {config.ratios}: rising numbers from 0 to below 1, with commas")
+        mim.fail(f"--ratios {config.ratios}: rising numbers from 0 to below 1, with commas")
     shapes = config.shapes.split(",")
     for shape in shapes:
         if shape not in SHAPES:
-            fail(f"--shapes {shape}: choose from {', '.join(SHAPES)}, with commas")
-    evaluate(config, ratios, shapes)
+            mim.fail(f"--shapes {shape}: choose from {', '.join(SHAPES)}, with commas")
+    device, autocast = mim.pick_device(config)
+    with autocast:
+        evaluate(config, ratios, shapes, device)
 
 
 if __name__ == "__main__":

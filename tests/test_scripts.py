@@ -155,6 +155,8 @@ def test_a_linear_probe_leaves_the_encoder_alone(chain):
     after = torch.load(run / "checkpoint.pt")["encoder"]
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert after["head.weight"].abs().sum() > 0
+    result = json.loads((run / "result.json").read_text())
+    assert 0 <= result["test_accuracy_of_neighbours"] <= 1
 
 
 def test_occlusion_is_one_table_and_a_file(chain):
@@ -473,7 +475,7 @@ def test_images_of_every_kind_are_taken_in(mode, tmp_path):
         image = image.convert(mode, palette=Image.Palette.ADAPTIVE)
         path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
     image.save(path)
-    pixels = relaxmim.read_image(path)
+    pixels = relaxmim.Images([str(path)]).read(0)
     assert pixels.shape == (3, 24, 32) and pixels.dtype == torch.uint8
     if mode != "1":
         expected = torch.from_numpy(grey).float()
@@ -506,7 +508,57 @@ def test_a_photograph_is_turned_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera lay on its side
     Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
-    assert relaxmim.read_image(tmp_path / "a.jpg").shape == (3, 40, 20)
+    assert relaxmim.Images([tmp_path / "a.jpg"]).read(0).shape == (3, 40, 20)
+
+
+def test_cue_conflict_counts_the_answers_that_name_shape_and_texture(tmp_path, mistake):
+    """A model that answers by the mean colour: red is a cat, green a dog, blue a ship."""
+    for i, (name, colour) in enumerate(
+        [
+            ("cat1-dog2", 0),
+            ("cat2-boat10", 1),
+            ("boat3-cat1", 0),
+            ("dog1-dog7", 1),
+            ("dog2-owl1", 0),
+        ]
+    ):
+        pixels = np.zeros((20, 20, 3), dtype=np.uint8)
+        pixels[..., colour] = 200
+        (tmp_path / str(i % 2)).mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / str(i % 2) / f"{name}.png")
+
+    def model(images):
+        return images.mean((2, 3))
+
+    count = eval_occlusion.cue_conflict
+    # cat-dog red: shape; cat-ship green: neither; ship-cat red: texture; the last two are left out
+    assert count(model, tmp_path, ["cat", "dog", "ship"], 8, "cpu") == (3, 1, 1)
+    assert count(model, tmp_path, ["cat", "dog", "bird"], 8, "cpu") == (1, 1, 0)
+    mistake("no SHAPEn-TEXTUREm.png", count, model, tmp_path, ["disc", "bar"], 8, "cpu")
+    low, high = eval_occlusion.interval(5, 10)
+    assert (low, high) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+
+
+def test_nearest_neighbours_against_a_loop():
+    names = [f"{i % 3}/{i}" for i in range(30)]
+    data = relaxmim.Images(names[:20], torch.randint(256, (20, 3, 8, 8)).byte())
+    test = relaxmim.Images(names[20:], torch.randint(256, (10, 3, 8, 8)).byte())
+    labels, answers = torch.tensor([i % 3 for i in range(20)]), torch.arange(10) % 3
+    model = finetune.Classifier(8, 4, 3, 32, 2, 2, num_classes=3)
+    found = []
+    with torch.no_grad():
+        for part in (data, test):
+            found.append(relaxmim.ViT.forward(model, finetune.whole(part.pixels, 8))[:, 1:].mean(1))
+    right = 0
+    for x, answer in zip(found[1], answers):
+        cosines = torch.cosine_similarity(x - found[0].mean(0), found[0] - found[0].mean(0))
+        votes = torch.zeros(3)
+        for i in cosines.argsort(descending=True)[:5]:
+            votes[labels[i]] += math.exp(cosines[i] / 0.07)
+        right += int(votes.argmax() == answer)
+    assert finetune.nearest_neighbours(
+        model, data, labels, test, answers, 8, "cpu", k=5
+    ) == pytest.approx(right / 10)
 
 
 MISTAKES = [
@@ -571,6 +623,13 @@ def test_a_mistake_is_one_line_in_the_shell_too(tmp_path):
     done = call(tmp_path, "relaxmim.py", "--mask", "blok")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "relaxmim.py: --mask blok: did you mean block?\n"
+
+
+def test_each_script_names_what_it_needs():
+    needs = (ROOT / "requirements.txt").read_text().split()
+    for name in ("relaxmim.py", "finetune.py", "eval_occlusion.py"):
+        block = (ROOT / name).read_text().split("# /// script\n")[1].split("# ///")[0]
+        assert json.loads(block.split("dependencies = ")[1]) == needs
 
 
 def test_the_readme_s_line_numbers_are_right():

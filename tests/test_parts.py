@@ -1,6 +1,7 @@
 """The parts of relaxmim.py, each against what it claims: a loop, torchvision, or an identity."""
 
 import math
+import re
 from itertools import pairwise
 
 import pytest
@@ -189,6 +190,58 @@ def test_weights_go_both_ways_to_timm():
     ours = Classifier(32, 4, 3, 64, 3, 4, num_classes=7).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     torch.testing.assert_close(theirs(images), ours(images), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_with_mae_s_weights_the_loss_is_that_of_transformers(norm_pix):
+    """Encoder, decoder and loss against ViTMAE, given the same weights, images and mask."""
+    transformers = pytest.importorskip("transformers")
+    options = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    options |= {"intermediate_size": 256, "image_size": 48, "patch_size": 8, "mask_ratio": 0.75}
+    options |= {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 2, "layer_norm_eps": 1e-6}
+    options |= {"decoder_num_attention_heads": 2, "decoder_intermediate_size": 128}
+    settings = transformers.ViTMAEConfig(**options, norm_pix_loss=norm_pix)
+    theirs = transformers.ViTMAEForPreTraining(settings).eval()
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:  # biases too, which start at 0
+            parameter.data += 0.05 * torch.randn_like(parameter)
+
+    renamed = {
+        r"^vit\.(embeddings\.)?|^decoder\.": "",
+        r"\blayers\b": "blocks",
+        r"\bdecoder_layers\b": "decoder_blocks",
+        "position_embeddings": "pos_embed",
+        "patch_embeddings.projection": "patch_embed.proj",
+        "attention.o_proj": "attn.proj",
+        "layernorm_before": "norm1",
+        "layernorm_after": "norm2",
+        "layernorm": "norm",
+    }
+    weights = {}
+    for name, value in theirs.state_dict().items():
+        for pattern, ours in renamed.items():
+            name = re.sub(pattern, ours, name)
+        weights[name] = value
+    for name in [name for name in weights if ".q_proj." in name]:  # one matrix in MAE's layout
+        parts = [weights.pop(name.replace(".q_", f".{letter}_")) for letter in "qkv"]
+        weights[name.replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
+    model = RelaxMIM(Config("mae", mask_ratio=0.75, norm_pix=norm_pix, patch_size=8, img_size=48))
+    model.encoder, model.decoder = ViT(48, 8, 3, 64, 3, 4), Decoder((6, 6), 64, 32, 2, 2, 192)
+    decoder = {
+        name: value for name, value in weights.items() if re.match("decoder|mask_token", name)
+    }
+    model.decoder.load_state_dict(decoder, strict=True)
+    model.encoder.load_state_dict(
+        {k: v for k, v in weights.items() if k not in decoder}, strict=True
+    )
+
+    images, noise = torch.randn(4, 3, 48, 48), torch.rand(4, 36)
+    mask = hide(-noise, 0.75)  # theirs keeps what has the least noise
+    with torch.no_grad():
+        expected = theirs(images, noise=noise)
+        loss, _ = model(images, images, mask, mask)
+    assert torch.equal(expected.mask.bool(), mask)
+    torch.testing.assert_close(loss, expected.loss, atol=1e-5, rtol=1e-5)
 
 
 def test_the_classifier_s_encoder_is_the_encoder():

@@ -305,6 +305,9 @@ def test_relax_loss_against_a_loop_and_equal_to_mae_with_a_perfect_second_decode
                 expected += ((a - c) ** 2 + 0.7 * (c - y) ** 2) / 40
     assert relax_loss(d1, d2, x, 0.7).item() == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(relax_loss(d1, x, x, 3.0), mae_loss(d1, x))
+    d2.requires_grad_()  # has its gradient from the constraint alone
+    relax_loss(d1, d2, x, 0.7).backward()
+    torch.testing.assert_close(d2.grad, 0.7 * (d2.detach() - x) * 2 / d2.numel())
 
 
 def test_info_nce_against_a_loop():

@@ -1,0 +1,60 @@
+"""The README's table from finished runs: mean and standard deviation over seeds, a row a setting.
+
+python tests/tables.py runs/finetune-* > results.jsonl    one JSON line a run, with its settings
+python tests/tables.py results.jsonl                      the table of such a file
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+
+def read_run(folder):
+    """A fine-tuning's result.json, with the settings and the minutes of what it started from."""
+    result = json.loads(Path(folder, "result.json").read_text())
+    start = Path(*result["checkpoint"]) if result["checkpoint"] else None
+    if start:
+        result["pretraining"] = json.loads((start / "config.json").read_text())
+        log = [json.loads(line) for line in (start / "log.jsonl").read_text().splitlines()]
+        rate = statistics.median(line["images_per_s"] for line in log)
+        images = result["pretraining"]["steps"] * result["pretraining"]["batch_size"]
+        result["pretraining_minutes"] = round(images / rate / 60, 2)
+    return result
+
+
+def row_name(result):
+    """What a run has in common with those of other seeds."""
+    start = result.get("pretraining")
+    if not start:
+        return f"from scratch, {result['steps']} steps"
+    count = f"{start['num_images']} images of " if start["num_images"] else ""
+    name = "crop" if start["transform"] == "crop" else start["loss"]
+    return f"{name}, {count}{Path(start['data']).name}, {start['steps']} steps"
+
+
+def spread(values):
+    values = [100 * value for value in values]
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if values[1:] else 0:.1f}"
+
+
+def main(paths):
+    if Path(paths[0]).is_dir():
+        print("\n".join(json.dumps(read_run(path)) for path in paths))
+        return
+    lines = [line for path in paths for line in Path(path).read_text().splitlines()]
+    rows = {}
+    for result in map(json.loads, lines):
+        rows.setdefault((row_name(result), result["linear_probe"]), []).append(result)
+    print("| start | accuracy, % | seeds | minutes |\n|---|---|---|---|")
+    for (name, probe), found in rows.items():
+        minutes = [r["minutes"] + r.get("pretraining_minutes", 0) for r in found]
+        cells = [spread([r["test_accuracy"] for r in found])]
+        if probe:
+            name += ", linear probe / nearest neighbours"
+            cells += [spread([r["test_accuracy_of_neighbours"] for r in found])]
+        print(f"| {name} | {' / '.join(cells)} | {len(found)} | {statistics.mean(minutes):.0f} |")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

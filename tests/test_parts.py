@@ -239,7 +239,8 @@ def test_with_mae_s_weights_the_loss_is_that_of_transformers(norm_pix):
     mask = hide(-noise, 0.75)  # theirs keeps what has the least noise
     with torch.no_grad():
         expected = theirs(images, noise=noise)
-        loss, _ = model(images, images, mask, mask)
+        model.hidden2 = 9  # let view 2 show all that view 1 hides
+        loss, _ = model(images, images, mask, ~mask)
     assert torch.equal(expected.mask.bool(), mask)
     torch.testing.assert_close(loss, expected.loss, atol=1e-5, rtol=1e-5)
 
@@ -379,9 +380,9 @@ def test_norm_pix_changes_the_target_to_mean_0_and_variance_1():
     loss, _ = model(*views_and_masks())
     assert loss.item() == pytest.approx(47 / 48, rel=1e-3)
     model.config.norm_pix = False
-    images, _, mask1, _ = views = views_and_masks()
-    hidden = patchify(images, 4)[mask1]
-    torch.testing.assert_close(model(*views)[0], hidden.square().mean())
+    images, _, _, mask2 = views = views_and_masks()
+    targets = patchify(images, 4)[~mask2]
+    torch.testing.assert_close(model(*views)[0], targets.square().mean())
 
 
 def test_invariance_against_a_loop():

@@ -251,7 +251,7 @@ def open_data(config, train=True, count=0):
     # Files are brought to one size: to squares of a crop's side or, where they are larger, of up to
     # twice that. A lone photograph, from which all crops come, keeps its shape and more detail.
     n, (H, W) = len(names), Images(names)[0][1].shape[1:]
-    side = max(size, min(H, W, 2 * size if n > 1 else 4 * size))
+    side = max(size, min(H, W, 2 * size if n > 1 else 16 * size))
     H, W = (side, side) if n > 1 else (side * H // min(H, W), side * W // min(H, W))
     data = Images(names, None, (H, W))
     if n * 3 * H * W > config.cache_gb * 2**30:
@@ -266,11 +266,13 @@ def random_crops(images, u, size, smallest=0.2):
 
     images: uint8 (B, 3, H, W), or (1, 3, H, W) to cut all from one. u: (5, B) in 0..1, from which
     all is drawn. The area is `smallest` to 1 of the image, or from where a crop has one pixel for
-    each of its own, if that is less; the sides are as 3:4 to 4:3.
+    each of its own, if that is less; the sides are as 3:4 to 4:3. Of a lone image all scales are
+    alike, or most crops would show most of it and differ little.
     """
     H, W = images.shape[2:]
     smallest = min(smallest, size * size / (H * W))
-    side = ((smallest + (1 - smallest) * u[0]) * H * W).sqrt()
+    area = smallest ** u[0] if len(images) == 1 else smallest + (1 - smallest) * u[0]
+    side = (area * H * W).sqrt()
     stretch = ((u[1] - 0.5) * math.log(4 / 3)).exp()  # the root of the ratio
     width, height = (side * stretch).clamp(max=W), (side / stretch).clamp(max=H)
     left, top = u[2] * (W - width), u[3] * (H - height)

@@ -244,6 +244,7 @@ def open_data(config, train=True, count=0):
     keep = keep if count else range(len(names))
     names, pixels = [names[i] for i in keep], pixels and torch.stack([pixels[i] for i in keep])
     if data == "synthetic":
+        size = 8 * size if len(names) == 1 else size  # crops of one image come from all its scales
         chunks = torch.tensor([int(name.split("/")[1]) for name in names]).split(100)  # fit caches
         pixels = torch.cat([synthetic_images(i.tolist(), size) for i in chunks])
     if pixels is not None:

@@ -5,6 +5,7 @@ python tests/tables.py results.jsonl                      the table of such a fi
 """
 
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -38,7 +39,31 @@ def spread(values):
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if values[1:] else 0:.1f}"
 
 
+def occlusion_tables(content):
+    """A table for each shape of what is hidden; area and kept as eval_occlusion.py has them."""
+    head = ["checkpoint", *(f"{ratio:.0%}" for ratio in content["ratios"]), "area", "kept"]
+    for shape, curves in content["accuracy"].items():
+        rows = {}
+        for name, curve in curves.items():
+            figures = [value for value, _ in curve["accuracy"]]
+            rows.setdefault(re.sub(r"-\d+$", "", name), []).append(
+                [*figures, curve["area"], curve["kept"]]
+            )
+        print(f"\nhidden: {shape}\n| {' | '.join(head)} |\n{'|---' * len(head)}|")
+        for name, found in rows.items():
+            print(f"| {' | '.join([name, *map(spread, zip(*found))])} |")
+    answers = {}
+    for name, found in content["cue_conflict"].items():
+        row = answers.setdefault(re.sub(r"-\d+$", "", name), [0, 0])
+        row[0], row[1] = row[0] + found["shape"], row[1] + found["texture"]
+    for name, (shape, texture) in answers.items():
+        print(f"{name}: shape {shape}, texture {texture}: {shape / (shape + texture):.0%}")
+
+
 def main(paths):
+    if paths[0].endswith("occlusion.json"):
+        occlusion_tables(json.loads(Path(paths[0]).read_text()))
+        return
     if Path(paths[0]).is_dir():
         print("\n".join(json.dumps(read_run(path)) for path in paths))
         return

@@ -22,7 +22,7 @@ So T is the mask, the measurement is the decoder with its loss, and what is lear
 through occlusion. The argument is that of Kong and Zhang (arXiv 2208.04164, CVPR 2023); every
 setting here is ours. This file is the whole method, and each piece stands alone: take it.
 
-    python relaxmim.py --loss infonce --num-images 1      one embedded image: 2 minutes, 2 cores
+    python relaxmim.py --loss infonce --num-images 1      one embedded image: 2.5 minutes, 2 cores
     python relaxmim.py --loss mae --data cifar10          or a folder, or one photograph
     python relaxmim.py --transform crop                   (1) with T = crop and colour, to compare
 """

@@ -11,7 +11,8 @@
 
 Patches are hidden at random, in one block, or from the centre outwards. Every checkpoint sees the
 same images behind the same masks. What is written: occlusion.json with all figures, occlusion.png
-with what the models were shown, and occlusion-curve.png where matplotlib is installed.
+with what the models were shown and, where matplotlib is installed, occlusion-curve.png of accuracy
+and features-by-block.png of how alike clean and occluded features are after each block.
 """
 
 import json
@@ -138,7 +139,7 @@ def area(ratios, values):
     """Mean height of a curve over its range of ratios, by the trapezoid rule."""
     if len(ratios) < 2:
         return values[0]
-    total = torch.trapezoid(torch.tensor(values).double(), torch.tensor(ratios).double())
+    total = torch.trapezoid(*(torch.tensor(x, dtype=torch.float64) for x in (values, ratios)))
     return total.item() / (ratios[-1] - ratios[0])
 
 

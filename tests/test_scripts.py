@@ -365,6 +365,9 @@ def test_n_images_are_chosen_by_the_seed_and_recorded(tmp_path):
     assert chosen[0] != chosen[1]
     expected = relaxmim.synthetic_images([int(Path(name).name) for name in chosen[0]], 32)
     assert torch.equal(open_data(Config(), count=7).pixels, expected)
+    lone = open_data(Config(), count=1)  # drawn large: its crops come from all scales
+    expected = relaxmim.synthetic_images([int(Path(lone.names[0]).name)], 8 * 32)
+    assert torch.equal(lone.pixels, expected)
 
 
 def test_a_folder_is_read_or_streamed_to_the_same_pixels(photos, capfd):
@@ -459,7 +462,9 @@ def test_parts_of_a_folder_must_agree_in_their_classes(tmp_path, mistake):
 
 
 def test_one_photograph_is_a_whole_training_set(photos, tmp_path):
-    photo = photos / "train" / "ç d" / "3.png"
+    photo = photos / "train" / "ç d" / "3.png"  # 23 x 30: kept as it is, but for what is larger
+    assert open_data(Config(data=str(photo), img_size=16)).pixels.shape == (1, 3, 23, 30)
+    assert open_data(Config(data=str(photo), img_size=1)).pixels.shape == (1, 3, 16, 20)
     out = str(tmp_path / "run")
     train(Config(loss="mae", data=str(photo), steps=3, batch_size=8, img_size=16, out=out))
     assert read_log(out)[-1]["step"] == 3

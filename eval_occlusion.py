@@ -29,7 +29,7 @@ from torch.utils.data import BatchSampler
 from torchvision.utils import make_grid, save_image
 
 import relaxmim as mim
-from finetune import Classifier, choose, class_names, load_source, whole
+from finetune import Classifier, choose, class_names, whole
 
 
 @dataclass
@@ -87,29 +87,25 @@ def look(model, images, mask, fill):
 
 
 def open_model(path, device):
-    """A checkpoint's Classifier, or its ViT where it has no head; and its configuration."""
-    content = load_source(path)
-    config, weights = content["config"], content["encoder"]
-    try:
-        kind, options = mim.ViT, {}
+    """A checkpoint's Classifier, or its ViT where it has no head; its configuration; its scale."""
+    content = mim.load_checkpoint(path)
+    config, weights = {"in_chans": 3, **content["config"]}, content["encoder"]
+    with mim.blame(f"{path}: its weights do not fit its config"):
+        size = mim.sides(config["img_size"]), config["patch_size"], config["in_chans"]
+        kind, size, options = mim.ViT, (*size, *mim.SIZES[config["model"]]), {}
         if "head.weight" in weights:
             options = {"num_classes": len(weights["head.weight"]), "probe": config["linear_probe"]}
             kind = Classifier
-        size = config["img_size"], config["patch_size"], 3, *mim.SIZES[config["model"]]
         model = kind(*size, **options)
         model.load_state_dict(weights)
-    except (KeyError, RuntimeError, ValueError) as error:
-        mim.fail(
-            f"{path}: its weights do not fit its config ({' '.join(str(error).split())[:120]})"
-        )
-    return model.eval().to(device), config
+    return model.eval().to(device), config, content.get("scale")
 
 
 def batches(config, data, img_size, device):
     """The test images, (B, 3, H, W), and their indices, in the order of all models."""
     every = BatchSampler(range(len(data)), config.batch_size, drop_last=False)
     for index, pixels in data.batches(every, device, config.workers):
-        yield index, whole(pixels, img_size)
+        yield index, whole(data, pixels, img_size)
 
 
 def masks(config, shape, ratio, seed, index, grid, device):
@@ -179,15 +175,15 @@ def alignment(config, model, data, img_size, shape, ratios, device):
     return found
 
 
-def draw(config, model, images, shapes, ratios, path):
+def draw(config, model, images, scale, shapes, ratios, path):
     """A row for each shape, a column for each ratio: what the models were shown."""
     shown, index = [], torch.arange(len(images))
     for shape in shapes:
         for ratio in ratios:
             mask = masks(config, shape, ratio, 0, index, model.grid, images.device)
             shown.append(occlude(images, mask, model.patch_size, config.fill)[0])
-    shown = (torch.stack(shown).cpu() * mim.STD + mim.MEAN).div(255).clamp(0, 1)
-    shown = F.interpolate(shown, scale_factor=max(1, 96 // images.shape[-1]))
+    shown = (torch.stack(shown).cpu() * scale[1] + scale[0]).div(255).clamp(0, 1)
+    shown = F.interpolate(shown, scale_factor=int(np.ceil(96 / images.shape[-1])))
     save_image(make_grid(shown, nrow=len(ratios), padding=4), path)
 
 
@@ -224,8 +220,9 @@ def cue_conflict(model, folder, classes, img_size, device):
         mim.fail(f"--cue-conflict {folder}: no SHAPEn-TEXTUREm.png of two of {', '.join(classes)}")
     guess = []
     every = BatchSampler(range(len(cues)), 250, drop_last=False)
-    for _, pixels in mim.Images(list(cues), None, (img_size * 4,) * 2).batches(every, device):
-        guess.append(model(whole(pixels, img_size)).argmax(1).cpu())
+    data = mim.Images(list(cues), None, tuple(4 * n for n in mim.sides(img_size)[::-1]))
+    for _, pixels in data.batches(every, device):
+        guess.append(model(whole(data, pixels, img_size)).argmax(1).cpu())
     hits = (torch.cat(guess)[:, None] == torch.tensor(list(cues.values()))).sum(0).tolist()
     return len(cues), *hits
 
@@ -250,28 +247,32 @@ def evaluate(config, ratios, shapes, device):
     names = [path.parent.name if path.suffix else path.name for path in paths]
     names = [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]
     opened = dict(zip(names, (open_model(path, device) for path in paths)))
-    first, known = opened[names[0]]
-    config.data, config.img_size = config.data or known["data"], known["img_size"]
+    first, known, scale = opened[names[0]]
+    config.data = config.data or known.get("data", "synthetic")
+    config.img_size, config.in_chans = known["img_size"], known["in_chans"]
     data = mim.open_data(config, train=False)
+    data.scale = data.scale if scale is None else scale
     classes, n = sorted(set(class_names(data))), config.num_images or len(data)
     data = choose(data, np.random.default_rng([config.seed, 1]).permutation(len(data))[:n])
     labels = torch.tensor([classes.index(name) for name in class_names(data)])
-    heads = {k: (m, c["img_size"]) for k, (m, c) in opened.items() if isinstance(m, Classifier)}
-    bare = {k: (m, c["img_size"]) for k, (m, c) in opened.items() if k not in heads}
+    heads = {k: (m, c["img_size"]) for k, (m, c, _) in opened.items() if isinstance(m, Classifier)}
+    bare = {k: (m, c["img_size"]) for k, (m, c, _) in opened.items() if k not in heads}
     if bare:  # what features are alike without any training
         mim.set_seed(config.seed, 0)
         c = opened[next(iter(bare))][1]
-        blank = mim.ViT(c["img_size"], c["patch_size"], 3, *mim.SIZES[c["model"]])
+        size = mim.sides(c["img_size"]), c["patch_size"], c["in_chans"]
+        blank = mim.ViT(*size, *mim.SIZES[c["model"]])
         bare["random initialisation"] = blank.eval().to(device), c["img_size"]
+    for name, (_, c, _) in opened.items():
+        if c["in_chans"] != config.in_chans:
+            mim.fail(f"{name}: takes {c['in_chans']} channels, {names[0]} {config.in_chans}")
     for name, (model, _) in heads.items():
         if (count := model.head.out_features) != len(classes):
             mim.fail(f"--data {config.data}: {len(classes)} classes; {name} has {count}")
     if config.cue_conflict and not heads:
         mim.fail(f"--cue-conflict {config.cue_conflict}: needs a checkpoint with a head")
-    try:
+    with mim.blame(f"--out {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        mim.fail(f"--out {folder}: {error.strerror}")
 
     result = {"config": asdict(config), "ratios": ratios, "images": len(data)}
     result |= {"accuracy": {}, "features": {}, "cue_conflict": {}}
@@ -308,7 +309,7 @@ def evaluate(config, ratios, shapes, device):
         print_table(["checkpoint", "images", "shape", "texture", "shape bias (95 %)"], rows)
 
     _, images = next(batches(config, data, config.img_size, device))
-    draw(config, first, images[:8], shapes, ratios, folder / "occlusion.png")
+    draw(config, first, images[:8], data.scale, shapes, ratios, folder / "occlusion.png")
     if heads:
         found = result["accuracy"].items()
         panels = {shape: {k: v["accuracy"] for k, v in curves.items()} for shape, curves in found}

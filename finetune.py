@@ -17,7 +17,7 @@ settings, --validate holds out a tenth of the training images and reports on tha
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,8 @@ class Config:
     linear_probe: bool = mim.option(False, "frozen encoder: linear head and nearest neighbours")
     model: str = mim.option("", "size; empty: the checkpoint's, or nano", "", *mim.SIZES)
     patch_size: int = mim.option(0, "side of a patch; 0: the checkpoint's, or 4", 0, 1024)
-    img_size: int = mim.option(0, "side of an image in pixels; 0: the checkpoint's, or 32", 0, 4096)
+    img_size: str = mim.option("", "side in pixels, or HxW; empty: the checkpoint's, or 32")
+    in_chans: int = mim.option(0, "channels; 0: the checkpoint's, or 3 (RGB)", 0, 1, 3, 4)
     data_dir: str = mim.option("data", "where torchvision's sets are kept")
     cache_gb: float = mim.option(1.0, "a folder larger than this is streamed, GiB", 0.0, 1e6)
     workers: int = mim.option(2, "processes that read files", 0, 256)
@@ -93,66 +94,26 @@ class Classifier(mim.ViT):
         return self.head(self.fc_norm(super().forward(images, mask, num_hidden)[:, 1:].mean(1)))
 
 
-def load_source(path):
-    """A checkpoint of ours, or weights in the layout of MAE, {"model": {...}}, or of timm, {...}.
+def build(config, source, num_classes):
+    """A Classifier of the size in config; source: a checkpoint's content, or None.
 
-    Of the latter two, a dict like ours, whose config is what the shapes of the weights say.
+    Where its weights do not fit, one line names what is missing or left over.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        weights = content.get("model", content)
-        if "format" in content or "patch_embed.proj.weight" not in weights:
-            return mim.load_checkpoint(path)
-    except Exception:  # noqa: BLE001 (a folder, or what is no checkpoint at all)
-        return mim.load_checkpoint(path)
-    decoder = ("decoder", "mask_token")
-    weights = {name: value for name, value in weights.items() if not name.startswith(decoder)}
-    dim, patch = (weights["patch_embed.proj.weight"].shape[i] for i in (0, -1))
-    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    model = next((name for name, size in mim.SIZES.items() if size[:2] == (dim, depth)), None)
-    if model is None or "pos_embed" not in weights:
-        mim.fail(f"{path}: no model of width {dim} and depth {depth} is known, or pos_embed lacks")
-    side = round((weights["pos_embed"].shape[1] - 1) ** 0.5) * patch
-    config = {"model": model, "patch_size": patch, "img_size": side, "linear_probe": False}
-    return {"config": {**config, "data": "synthetic"}, "encoder": weights}
-
-
-def fit_positions(model, weights):
-    """Weights with positions for the model's grid: made anew if sin-cos, else interpolated."""
-    found, fixed = weights.get("pos_embed"), model.pos_embed
-    if found is None or found.shape == fixed.shape:
-        return weights
-    side = round((found.shape[1] - 1) ** 0.5)
-    if side**2 != found.shape[1] - 1 or found.shape[2] != fixed.shape[2]:
-        mim.fail(f"pos_embed of shape {tuple(found.shape)}: not of a square image of this model's")
-    if not torch.allclose(found, mim.sincos_positions((side, side), found.shape[2]), atol=1e-4):
-        table = found[:, 1:].mT.unflatten(2, (side, side))  # learned: (1, D, side, side)
-        table = F.interpolate(table, model.grid, mode="bicubic", antialias=True)
-        fixed = torch.cat([found[:, :1], table.flatten(2).mT], dim=1)
-    return {**weights, "pos_embed": fixed}
-
-
-def build(config, weights, num_classes):
-    """A Classifier of the size in config; weights: a state dict of either kind, or None.
-
-    Where they do not fit, one line names what is missing or left over, and the program ends.
-    """
-    size = mim.SIZES[config.model]
-    probe = config.linear_probe
-    options = {"num_classes": num_classes, "probe": probe, "drop_path": config.drop_path}
-    model = Classifier(config.img_size, config.patch_size, 3, *size, **options)
-    if weights is not None:
+    with mim.blame(f"{''.join(config.checkpoint)}: does not fit"):
+        size = mim.sides(config.img_size), config.patch_size, config.in_chans
+        options = {"num_classes": num_classes, "probe": config.linear_probe}
+        model = Classifier(*size, *mim.SIZES[config.model], **options, drop_path=config.drop_path)
+        if not source:
+            return model
+        weights = mim.encoder_weights(source, model.grid)
         head = weights.get("head.weight")
         if head is None or head.shape != model.head.weight.shape:  # of other classes: left out
             weights = {k: v for k, v in weights.items() if not k.startswith("head.")}
-        try:
-            missing, extra = model.load_state_dict(fit_positions(model, weights), strict=False)
-        except RuntimeError as error:
-            mim.fail(f"{config.checkpoint[0]}: {' '.join(str(error).split())[:160]}")
+        missing, extra = model.load_state_dict(weights, strict=False)
         missing = [k for k in missing if not k.startswith(("head", "fc_norm"))]
         extra = [k for k in extra if not k.startswith("norm.")]  # replaced by fc_norm
         if missing or extra:
-            mim.fail(f"{config.checkpoint[0]}: missing {missing}, left over {extra}")
+            raise ValueError(f"missing {missing}, left over {extra}")
     return model
 
 
@@ -173,7 +134,7 @@ def layer_groups(model, config):
 def choose(data, index):
     """The images at `index`, (n,), alone."""
     pixels = None if data.pixels is None else data.pixels[index]
-    return mim.Images([data.names[i] for i in index], pixels, data.size)
+    return replace(data, names=[data.names[i] for i in index], pixels=pixels)
 
 
 def class_names(data):
@@ -181,11 +142,9 @@ def class_names(data):
     return [Path(name).parent.name for name in data.names]
 
 
-def whole(pixels, size):
-    """uint8 images as they are, resized and normalised: (B, 3, size, size)."""
-    (H, W), B = pixels.shape[2:], len(pixels)
-    boxes = torch.tensor([[0.0, 0.0, W, H]], device=pixels.device).expand(B, -1)
-    return mim.crop(pixels, boxes, size)
+def whole(data, pixels, size):
+    """Images of `data`, uint8 (B, C, H, W), as they are: resized to `size` and normalised."""
+    return data.normalise(v2.functional.resize(pixels.float(), mim.sides(size), antialias=True))
 
 
 @torch.no_grad()
@@ -194,7 +153,7 @@ def accuracy(model, data, labels, device, size, workers=0):
     model.eval()
     right, every = 0, BatchSampler(range(len(data)), 256, drop_last=False)
     for index, pixels in data.batches(every, device, workers):
-        guess = model(whole(pixels, size)).argmax(1).cpu()
+        guess = model(whole(data, pixels, size)).argmax(1).cpu()
         right += (guess == labels[index]).sum().item()
     return right / len(data)
 
@@ -209,7 +168,9 @@ def nearest_neighbours(model, data, labels, test, test_labels, size, device, wor
     for part in (data, test):
         every = BatchSampler(range(len(part)), 256, drop_last=False)
         pixels = (pixels for _, pixels in part.batches(every, device, workers))
-        tokens = (mim.ViT.forward(model, whole(x, size))[:, 1:].float().mean(1) for x in pixels)
+        tokens = (
+            mim.ViT.forward(model, whole(data, x, size))[:, 1:].float().mean(1) for x in pixels
+        )
         found.append(torch.cat(list(tokens)))
     train, test = (F.normalize(x - found[0].mean(0), dim=1) for x in found)  # (n, D) each
     right, labels = 0, F.one_hot(labels).float()
@@ -248,8 +209,9 @@ def train(config, source):
     resumed = mim.start_run(config)
     data, test, labels, test_labels, classes = open_parts(config)
     size, labels = config.img_size, labels.to(device)
+    data.scale = test.scale = (source or {}).get("scale", data.scale)
     mim.set_seed(config.seed, 2**32)
-    model = build(config, source and source["encoder"], len(classes)).to(device)
+    model = build(config, source, len(classes)).to(device)
     if config.linear_probe:
         frozen = {k: v.clone() for k, v in model.state_dict().items() if "head" not in k}
         model.requires_grad_(False).head.requires_grad_(True)
@@ -258,12 +220,14 @@ def train(config, source):
     mixes = [v2.MixUp(alpha=config.mixup, num_classes=n)] if config.mixup else []
     mixes += [v2.CutMix(alpha=config.cutmix, num_classes=n)] if config.cutmix else []
     mix = v2.RandomChoice(mixes) if mixes and not config.linear_probe else v2.Identity()
-    net = mim.distribute(model, device)
+    if device.startswith("cuda"):
+        model.compile()
+    net = nn.parallel.DistributedDataParallel(model) if mim.WORLD > 1 else model
 
     def forward(index, pixels):
         model.train()
         u = torch.rand(5, config.batch_size, device=device)[:, mim.MINE]
-        images = mim.random_crops(pixels, u, size, config.smallest_crop)
+        images = data.normalise(mim.random_crops(pixels, u, size, config.smallest_crop))
         images, target = mix(images, labels[index.to(device, non_blocking=True)])
         with autocast:
             logits = net(images).float()
@@ -296,16 +260,14 @@ def main(args):
     config = mim.parse(Config, __doc__, args)
     if len(config.checkpoint) > 1:
         mim.fail(f"{' '.join(config.checkpoint)}: one checkpoint at a time")
-    source = load_source(config.checkpoint[0]) if config.checkpoint else None
+    source = mim.load_checkpoint(config.checkpoint[0]) if config.checkpoint else None
     if config.linear_probe and not source:
         mim.fail("--linear-probe: needs a checkpoint, whose encoder it freezes")
-    known = source["config"] if source else {"model": "nano", "patch_size": 4, "img_size": 32}
-    for name in ("model", "patch_size", "img_size"):
-        setattr(config, name, getattr(config, name) or known.get(name))
-    if config.model not in mim.SIZES or not config.img_size or not config.patch_size:
-        mim.fail(f"{config.checkpoint[0]}: its config names no known model, image and patch size")
-    if config.img_size % config.patch_size:
-        mim.fail(f"--patch-size {config.patch_size}: must divide --img-size {config.img_size}")
+    known = {"model": "nano", "patch_size": 4, "img_size": "32", "in_chans": 3}
+    known |= source["config"] if source else {}
+    for name in ("model", "patch_size", "img_size", "in_chans"):
+        setattr(config, name, getattr(config, name) or known[name])
+    mim.patch_grid(config)
     folder = Path(config.data)
     if folder.exists() and not all(
         any((folder / part).is_dir() for part in parts) for parts in (["train"], ["test", "val"])

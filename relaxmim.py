@@ -34,7 +34,8 @@ import math
 import os
 import signal
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
 
@@ -61,12 +62,8 @@ SIZES = {  # --model: width, depth, heads
     "large": (1024, 24, 16),
     "huge": (1280, 32, 16),
 }
-
-
-def fail(message):
-    """A mistake of the user's: one line on stderr, exit status 2."""
-    tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    raise SystemExit(2)
+# groups of options in --help, by the first of each
+GROUPS = {"loss": "method", "data": "images", "steps": "training", "out": "run"}
 
 
 def option(default, help, *valid):
@@ -86,11 +83,13 @@ class Config:
     relax_weight: float = option(1.0, "relax: lambda, the weight of the constraint", 0.0, 1e6)
     temperature: float = option(0.2, "infonce: tau", 1e-3, 100.0)
     model: str = option("nano", "size of the encoder", *SIZES)
+    init: str = option("", "weights to start from: a run, a checkpoint, MAE's or timm's file")
     patch_size: int = option(4, "side of a patch in pixels", 1, 1024)
     decoder_depth: int = option(1, "blocks of the decoder", 1, 64)
     data: str = option("synthetic", "synthetic, cifar10, cifar100, stl10, a folder or a photograph")
     num_images: int = option(0, "take so many of the images, at random; 0: all", 0, 10**9)
-    img_size: int = option(32, "side of a crop in pixels", 1, 4096)
+    img_size: str = option("32", "side of a crop in pixels, or HxW: 64x96")
+    in_chans: int = option(3, "1: grey, 3: RGB, 4: RGB and alpha", 1, 3, 4)
     data_dir: str = option("data", "where torchvision's sets are kept")
     cache_gb: float = option(1.0, "a folder larger than this is streamed, GiB", 0.0, 1e6)
     workers: int = option(2, "processes that read files", 0, 256)
@@ -107,32 +106,63 @@ class Config:
     precision: str = option("auto", "of matrix products", "auto", "float32", "bfloat16")
 
 
+def fail(message):
+    """A mistake of the user's: one line on stderr, exit status 2."""
+    tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@contextmanager
+def blame(what):
+    """Make of an error inside, whatever a library raises, one line that begins with `what`."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
+        fail(f"{what} ({' '.join(str(error).split())[:120]})")
+
+
 def parse(cls, description, args):
     """An instance of `cls` from a command line: a tuple is positional, other fields are options."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.formatter_class, parser.error = argparse.RawDescriptionHelpFormatter, fail
-    kinds = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"nargs": "*"}}
-    flags = [f.name if f.type is tuple else "--" + f.name.replace("_", "-") for f in fields(cls)]
-    for f, flag in zip(fields(cls), flags):
-        name = "|".join(f.metadata["valid"]) if f.type is str else ""
-        kind = kinds.get(f.type, {"type": f.type, "metavar": name or f.type.__name__.upper()})
-        about = f"{f.metadata['help']} [{f.default}]"
-        parser.add_argument(flag, default=f.default, help=about, **kind)
+    parser = argparse.ArgumentParser(None, "%(prog)s [options]", description, allow_abbrev=False)
+    parser.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 34, 100)
+    parser.error = fail
+    group, kinds = parser, {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"nargs": "*"}}
+    for f in fields(cls):
+        about, valid = f"{f.metadata['help']} [{f.default}]", f.metadata["valid"]
+        named = valid and (f.type is str or len(valid) > 2)
+        name = None if named else f.type.__name__.upper()
+        kind = {"type": f.type, "choices": valid if named else None, "metavar": name}
+        flag = f.name if f.type is tuple else "--" + f.name.replace("_", "-")
+        group = parser.add_argument_group(GROUPS[f.name]) if f.name in GROUPS else group
+        group.add_argument(flag, default=f.default, help=about, **kinds.get(f.type, kind))
     config = cls(**vars(parser.parse_args(args)))
-    for f, flag in zip(fields(cls), flags):
+    for f in fields(cls):
         value, valid = getattr(config, f.name), f.metadata["valid"]
-        if f.type is str and valid and value not in valid:
-            near = difflib.get_close_matches(value, valid, 1) or valid
-            fail(f"{flag} {value}: did you mean {' or '.join(near)}?")
-        if f.type in (int, float) and not valid[0] <= value <= valid[1]:
-            fail(f"{flag} {value}: must be from {valid[0]} to {valid[1]}")
+        if f.type in (int, float) and len(valid) == 2 and not valid[0] <= value <= valid[1]:
+            fail(f"--{f.name.replace('_', '-')} {value}: must be from {valid[0]} to {valid[1]}")
     return config
+
+
+def sides(size):
+    """Height and width in pixels of 32, "32", "64x96" or (64, 96)."""
+    H, *W = size if isinstance(size, tuple) else map(int, str(size).split("x"))
+    return H, *(W or [H])
+
+
+def patch_grid(config):
+    """Rows and columns of patches; ends the program where there can be none."""
+    p = config.patch_size
+    with blame(f"--img-size {config.img_size}: must be a side in pixels, or HxW"):
+        H, W = sides(config.img_size)
+    if H % p or W % p or not p <= min(H, W) <= max(H, W) <= 4096:
+        fail(f"--patch-size {p}: must divide --img-size {config.img_size}, which is at most 4096")
+    return H // p, W // p
 
 
 # ------------------------------------------------------------------------------------- Data
 
-MEAN = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)  # ImageNet's, of 0..255
-STD = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
+# mean and deviation of ImageNet's channels, of 0..255: (2, C, 1, 1)
+IMAGENET = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]])[..., None, None]
 SHAPES = ["disc", "bar", "trefoil", "cross", "star", "flower"]  # classes of the synthetic images
 
 
@@ -167,33 +197,31 @@ def synthetic_images(index, size, seed=0, leaves=24):
     return (images.clamp(0, 1) * 255).round().byte()
 
 
+@dataclass(eq=False)
 class Images(Dataset):
-    """Named images: pixels, uint8 (n, 3, H, W), or None: files, each read when its turn comes."""
+    """Named images, kept as pixels, or files of which each is read when its turn comes."""
 
-    def __init__(self, names, pixels=None, size=None):
-        self.names, self.pixels, self.size = names, pixels, size
+    names: list
+    pixels: torch.Tensor | None = None  # uint8 (n, C, H, W)
+    size: tuple | None = None  # width and height that a file is scaled and cut to; None: its own
+    mode: str = "RGB"  # PIL's
+    scale: torch.Tensor = IMAGENET
 
     def __len__(self):
         return len(self.names)
 
-    def read(self, i):
-        """File i as uint8 (3, H, W); with a size (H, W), scaled to cover that and cut."""
-        with Image.open(self.names[i]) as image:
-            if self.size:
-                image.draft(None, self.size[::-1])  # a large JPEG is decoded at 1/2, 1/4 or 1/8
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits a pixel: convert() would cut them off
-                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-            image = image.convert("RGB")
-            if self.size:
-                image = ImageOps.fit(image, self.size[::-1], Image.Resampling.BILINEAR)
-            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
     def __getitem__(self, i):
-        """(i, pixels) of file i or, if it is damaged, of the next that is not."""
-        for j in (k % len(self) for k in range(i, i + len(self))):
+        """(i, uint8 (C, H, W)) of file i or, if it is damaged, of the next that is not."""
+        for j in ((i + k) % len(self) for k in range(len(self))):
             try:
-                return j, self.read(j)
+                with Image.open(self.names[j]) as image:
+                    image.draft(None, self.size)  # a large JPEG is decoded at 1/2, 1/4 or 1/8
+                    image = ImageOps.exif_transpose(image)
+                    if image.mode.startswith("I"):  # 16 bits a pixel: convert() would cut them off
+                        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype("u1"))
+                    image = image.convert(self.mode)
+                    image = ImageOps.fit(image, self.size or image.size, Image.Resampling.BILINEAR)
+                return j, v2.functional.pil_to_tensor(image)
             except Exception as error:  # noqa: BLE001 (decoders raise anything)
                 reason = f"{self.names[j]}: {str(error)[:80]}"
             if len(self) > 1:
@@ -201,15 +229,21 @@ class Images(Dataset):
         fail(f"--data: none of {len(self)} images can be decoded ({reason})")
 
     def batches(self, indices, device, workers=0):
-        """For each list of indices: it, and uint8 (B, 3, H, W), or (1, 3, H, W) if n = 1."""
+        """For each list of indices: it, and uint8 (B, C, H, W), or (1, C, H, W) if n = 1."""
         if self.pixels is None:
             options = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
             own = torch.Generator()  # else it draws from the global one, and crops would differ
-            yield from DataLoader(self, batch_sampler=indices, generator=own, **options)
+            for index, pixels in DataLoader(self, batch_sampler=indices, generator=own, **options):
+                yield index, pixels.to(device, non_blocking=True)
             return
         pixels = self.pixels.to(device)
         for index in map(torch.tensor, indices):
             yield index, pixels if len(self) == 1 else pixels[index.to(device, non_blocking=True)]
+
+    def normalise(self, images):
+        """Images (B, C, H, W) of 0..255 -> of mean 0 and deviation 1, about."""
+        mean, std = self.scale.to(images.device, non_blocking=True)
+        return (images - mean) / std
 
 
 def open_data(config, train=True, count=0):
@@ -217,18 +251,19 @@ def open_data(config, train=True, count=0):
 
     count: so many of them, by a permutation that config.seed gives; 0: all.
     """
-    data, size, pixels = config.data, config.img_size, None
+    data, (h, w), size, pixels = config.data, sides(config.img_size), None, None
+    mode = {1: "L", 4: "RGBA"}.get(config.in_chans, "RGB")
     if data == "synthetic":
         names = [f"{SHAPES[i % 6]}/{i}" for i in (range(5000) if train else range(5000, 6000))]
+        if mode != "RGB" or h != w:
+            fail(f"--data {data}: such images are square and RGB; take a folder, or a photograph")
     elif data in ("cifar10", "cifar100", "stl10"):
         part = train if data != "stl10" else "train+unlabeled" if train else "test"
-        try:
+        with blame(f"--data {data}: cannot be had"):
             found = getattr(datasets, data.upper())(config.data_dir, part, download=True)
-        except (OSError, RuntimeError) as error:
-            fail(f"--data {data}: cannot be had ({str(error).splitlines()[0]})")
         classes = [*found.classes, "unlabelled"]  # STL10's -1
         names = [f"{classes[label]}/{i}" for i, (_, label) in enumerate(found)]
-        pixels = [v2.functional.pil_to_tensor(image) for image, _ in found]
+        pixels = [v2.functional.pil_to_tensor(image.convert(mode)) for image, _ in found]
     else:  # a photograph, or a folder: of train/CLASS and test/CLASS, or of any depth
         parts = [Path(data, part) for part in (["train"] if train else ["test", "val"])]
         root = next(filter(Path.is_dir, parts), Path(data))
@@ -241,56 +276,50 @@ def open_data(config, train=True, count=0):
     if count > len(names):
         fail(f"--num-images {count}: --data {data} has {len(names)}")
     keep = np.random.default_rng([config.seed, 1]).permutation(len(names))[:count]
-    keep = keep if count else range(len(names))
+    keep, n = keep if count else range(len(names)), count or len(names)
     names, pixels = [names[i] for i in keep], pixels and torch.stack([pixels[i] for i in keep])
     if data == "synthetic":
-        size = 8 * size if len(names) == 1 else size  # crops of one image come from all its scales
+        side = 8 * h if n == 1 else h  # crops of a lone image come from all its scales
         chunks = torch.tensor([int(name.split("/")[1]) for name in names]).split(100)  # fit caches
-        pixels = torch.cat([synthetic_images(i.tolist(), size) for i in chunks])
-    if pixels is not None:
-        return Images(names, pixels)
-    # Files are brought to one size: to squares of a crop's side or, where they are larger, of up to
-    # twice that. A lone photograph, from which all crops come, keeps its shape and more detail.
-    n, (H, W) = len(names), Images(names)[0][1].shape[1:]
-    side = max(size, min(H, W, 2 * size if n > 1 else 16 * size))
-    H, W = (side, side) if n > 1 else (side * H // min(H, W), side * W // min(H, W))
-    data = Images(names, None, (H, W))
-    if n * 3 * H * W > config.cache_gb * 2**30:
-        return data
-    every = BatchSampler(range(n), 256, drop_last=False)
-    index, pixels = zip(*data.batches(every, "cpu", config.workers if n > 1000 else 0))
-    return Images([names[i] for i in torch.cat(index)], torch.cat(pixels))
+        pixels = torch.cat([synthetic_images(i.tolist(), side) for i in chunks])
+    if pixels is None:
+        # Files are brought to one size: to that of a crop or, where they are larger, to up to twice
+        # that. A lone photograph, from which all crops come, keeps its shape and more detail.
+        H, W = Images(names)[0][1].shape[1:]
+        held = min(H / h, W / w)  # so many crops fit, side by side
+        shape, most = ((w, h), 2) if n > 1 else ((W / held, H / held), 16)
+        size = tuple(round(side * max(1, min(held, most))) for side in shape)
+    data = Images(names, pixels, size, mode)
+    if size and n * len(mode) * size[0] * size[1] <= config.cache_gb * 2**30:
+        every = BatchSampler(range(n), 256, drop_last=False)
+        index, pixels = zip(*data.batches(every, "cpu", config.workers if n > 1000 else 0))
+        data = replace(data, names=[names[i] for i in torch.cat(index)], pixels=torch.cat(pixels))
+    if mode != "RGB":  # its own mean and deviation, of up to 256 images
+        _, pixels = next(data.batches([list(range(min(n, 256)))], "cpu"))
+        pixels = pixels.float().transpose(0, 1).flatten(1)  # (C, pixels)
+        data.scale = torch.stack([pixels.mean(1), pixels.std(1).clamp(min=1)])[..., None, None]
+    return data
 
 
 def random_crops(images, u, size, smallest=0.2):
-    """RandomResizedCrop and flip: normalised float (B, 3, size, size), in one call.
+    """RandomResizedCrop and flip: float (B, C, h, w) of 0..255, in one call.
 
-    images: uint8 (B, 3, H, W), or (1, 3, H, W) to cut all from one. u: (5, B) in 0..1, from which
-    all is drawn. The area is `smallest` to 1 of the image, or from where a crop has one pixel for
-    each of its own, if that is less; the sides are as 3:4 to 4:3. Of a lone image all scales are
-    alike, or most crops would show most of it and differ little.
+    images: uint8 (B, C, H, W), or (1, C, H, W) to cut all from one. u: (5, B) in 0..1, from which
+    all is drawn. size: h, w or one side. The area is `smallest` to 1 of the image, or from where a
+    crop has one pixel for each of its own, if that is less; its shape that of `size`, give or take
+    4:3. Of a lone image all scales are alike: else most crops would show most of it.
     """
-    H, W = images.shape[2:]
-    smallest = min(smallest, size * size / (H * W))
+    (H, W), (h, w) = images.shape[2:], sides(size)
+    smallest = min(smallest, h * w / (H * W))
     area = smallest ** u[0] if len(images) == 1 else smallest + (1 - smallest) * u[0]
     side = (area * H * W).sqrt()
-    stretch = ((u[1] - 0.5) * math.log(4 / 3)).exp()  # the root of the ratio
+    stretch = ((u[1] - 0.5) * math.log(4 / 3)).exp() * math.sqrt(w / h)  # the root of the ratio
     width, height = (side * stretch).clamp(max=W), (side / stretch).clamp(max=H)
     left, top = u[2] * (W - width), u[3] * (H - height)
-    crops = crop(images, torch.stack([left, top, left + width, top + height], dim=1), size)
+    which = torch.arange(u.shape[1], device=u.device) % len(images)
+    boxes = torch.stack([which, left, top, left + width, top + height], dim=1)
+    crops = roi_align(images.float(), boxes, (h, w), aligned=True)  # where it shrinks, it averages
     return torch.where((u[4] < 0.5)[:, None, None, None], crops.flip(3), crops)
-
-
-def crop(images, boxes, size):
-    """Boxes (B, 4), in pixels left, top, right and bottom, of images: as random_crops, unflipped.
-
-    Averages where it shrinks, so nothing aliases.
-    """
-    which = torch.arange(len(boxes), device=boxes.device) % len(images)
-    images = images.to(boxes.device, non_blocking=True).float()
-    crops = roi_align(images, torch.cat([which[:, None], boxes], dim=1), size, aligned=True)
-    mean, std = (figure.to(crops, non_blocking=True) for figure in (MEAN, STD))
-    return (crops - mean) / std
 
 
 # ------------------------------------------------------------------------------------ Masks
@@ -417,7 +446,7 @@ class ViT(nn.Module):
 
     def __init__(self, img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio=4.0):
         super().__init__()
-        H, W = (img_size, img_size) if isinstance(img_size, int) else img_size
+        H, W = sides(img_size)
         if H % patch_size or W % patch_size:
             raise ValueError(f"patches of {patch_size} do not divide an image of {H} x {W}")
         self.patch_size, self.grid = patch_size, (H // patch_size, W // patch_size)
@@ -521,14 +550,14 @@ class RelaxMIM(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, (dim, depth, heads) = config, SIZES[config.model]
-        self.encoder = ViT(config.img_size, config.patch_size, 3, dim, depth, heads)
+        self.encoder = ViT(config.img_size, config.patch_size, config.in_chans, dim, depth, heads)
         N = math.prod(self.encoder.grid)
         self.hidden1 = round(config.mask_ratio * N)  # patches that view 1 hides
         self.hidden2 = N - (self.hidden1 + 1) // 2  # view 2 shows half of these, a random one
         if config.transform == "crop":  # a projection head, as in SimCLR
             self.head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
             return
-        out_dim = dim if config.loss == "infonce" else 3 * config.patch_size**2
+        out_dim = dim if config.loss == "infonce" else config.in_chans * config.patch_size**2
         self.decoder = Decoder(self.encoder.grid, dim, dim, config.decoder_depth, heads, out_dim)
         if config.loss == "relax":
             self.head = nn.Linear(dim, out_dim)  # d' of (3)
@@ -542,23 +571,17 @@ class RelaxMIM(nn.Module):
         c = self.config
         if c.transform == "crop":  # conventional siamese learning: pooled features, nothing hidden
             q, k = (self.head(self.encoder(x)[:, 1:].mean(1)) for x in (view1, view2))  # (B, D)
-            loss, accuracy = info_nce(gather(q), gather(k), c.temperature)
-            return loss, {"accuracy": accuracy, "feature_std": spread(q)}
-        visible, targets = split(mask1, self.hidden1)[0], split(mask2, self.hidden2)[0]
-        z1 = self.encoder(view1, mask1, self.hidden1)  # f(x M): (B, 1 + V, D)
-        d1 = self.decoder(z1, visible, targets).float()  # d(z1): (B, K, P), or q: (B, K, D)
-        figures = {"feature_std": spread(z1[:, 1:].mean(1))}
+            figures, q, k = {"feature_std": spread(q)}, gather(q), gather(k)
+        else:
+            visible, targets = split(mask1, self.hidden1)[0], split(mask2, self.hidden2)[0]
+            z1 = self.encoder(view1, mask1, self.hidden1)  # f(x M): (B, 1 + V, D)
+            d1 = self.decoder(z1, visible, targets).float()  # d(z1): (B, K, P), or q: (B, K, D)
+            figures = {"feature_std": spread(z1[:, 1:].mean(1))}
         if c.loss == "infonce":
-            with torch.no_grad():
-                k = self.encoder(view2, mask2, self.hidden2)[:, 1:].float()  # z2: (B, K, D)
-                # Which of the image's own targets lies here? What the tokens of all images have at
-                # a place is taken out of k: it would give the place away.
-                sums = k.new_zeros(mask2.shape[1], k.shape[2])
-                sums = sums.index_add(0, targets.flatten(), k.flatten(0, 1))  # (N, D)
-                count = gather((~mask2).sum(0)[None]).sum(0).clamp(min=1)  # (N,)
-                k = k - (gather(sums[None]).sum(0) / count[:, None])[targets]
-            loss, accuracy = info_nce(d1, k, c.temperature)
-            return loss, {**figures, "accuracy": accuracy}
+            if c.transform == "mask":
+                q, k = d1, self.centred_tokens(view2, mask2, targets)
+            loss, accuracy = info_nce(q, k, c.temperature)
+            return loss, {**figures, "accuracy": accuracy, "log_candidates": math.log(q.shape[-2])}
         x = take(patchify(view1, c.patch_size), targets)  # x (1-M): (B, K, P)
         if c.norm_pix:
             x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()
@@ -567,6 +590,18 @@ class RelaxMIM(nn.Module):
         d2 = self.head(self.encoder(view2, mask2, self.hidden2)[:, 1:]).float()  # d'(z2): (B, K, P)
         figures["output_std"] = d2.detach().flatten(0, 1).std(0).mean()  # 0: collapsed
         return relax_loss(d1, d2, x, c.relax_weight), figures
+
+    @torch.no_grad()
+    def centred_tokens(self, view2, mask2, targets):
+        """z2 as InfoNCE compares it: (B, K, D), without what the batch has in common at a place.
+
+        The question is: which of the image's own targets lies here? That would give the place away.
+        """
+        k = self.encoder(view2, mask2, self.hidden2)[:, 1:].float()
+        sums = k.new_zeros(mask2.shape[1], k.shape[2])
+        sums = sums.index_add(0, targets.flatten(), k.flatten(0, 1))  # (N, D)
+        count = gather((~mask2).sum(0)[None]).sum(0).clamp(min=1)  # (N,)
+        return k - (gather(sums[None]).sum(0) / count[:, None])[targets]
 
 
 def spread(features):
@@ -589,34 +624,47 @@ def invariance(encoder, images, mask):
 
 
 @torch.no_grad()
-def draw(model, images, mask, folder):
+def draw(model, images, mask, scale, folder):
     """Write features.png and, where pixels are predicted, reconstruction.png: 8 images in columns.
 
-    features.png: original, masked, and the patch features of the whole and of the masked image:
-    first three principal components as colours. reconstruction.png: original, masked, predictions
-    pasted in. With norm_pix they lack mean and variance: the nearest visible patch lends its own.
+    features.png: original, masked; the patch features of the whole and of the masked image, their
+    first three principal components as colours; the original, lit by the attention that the class
+    token pays in the last block. reconstruction.png: original, masked, predictions pasted in. With
+    norm_pix they lack mean and variance: the nearest visible patch lends its own.
     """
-    p, grid, (visible, hidden) = model.encoder.patch_size, model.encoder.grid, split(mask)
-    x = patchify((images * STD.to(images) + MEAN.to(images)) / 255, p)  # (B, N, P) in 0..1
-    shown, z = x.masked_fill(mask[..., None], 0.5), model.encoder(images, mask).float()
-    whole = model.encoder(images)[:, 1:].float()
+    encoder, (visible, hidden), (mean, std) = model.encoder, split(mask), scale.to(images.device)
+    p, grid, attn, qkv = encoder.patch_size, encoder.grid, encoder.blocks[-1].attn, []
+
+    def enlarge(values):  # (B, N, c) -> (B, c, H, W)
+        return F.interpolate(values.mT.unflatten(2, grid), scale_factor=p)
+
+    x = (images * std + mean) / 255  # (B, C, H, W) in 0..1
+    rgb = x[:, :3].expand(-1, 3, -1, -1)  # of grey, three times the same; without alpha
+    masked = torch.where(enlarge(mask[..., None].float()) > 0, 0.5, rgb)
+    hook = attn.qkv.register_forward_hook(lambda module, inputs, output: qkv.append(output))
+    whole, z = encoder(images)[:, 1:].float(), encoder(images, mask).float()
+    hook.remove()
+    q, k, _ = qkv[0].float().unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    light = (q[:, :, :1] * q.shape[-1] ** -0.5 @ k.mT).softmax(-1).mean(1)[:, 0, 1:, None]
+    lit = rgb * enlarge(light / light.amax(1, keepdim=True))
     centre = whole.mean(0, keepdim=True)  # of each position: (1, N, D)
     axes = torch.linalg.svd((whole - centre).flatten(0, 1), full_matrices=False)[2][:3].T
-    a, b = (whole - centre) @ axes, (z[:, 1:] - take(centre, visible)) @ axes  # (B, N or V, 3)
-    b = torch.zeros_like(a).scatter(1, visible[..., None].expand_as(b), b)
-    colours = ((c / (4 * a.std((0, 1))) + 0.5).repeat(1, 1, p * p) for c in (a, b))
-    pictures = {"features": [x, shown, *colours]}
+    part = centre.expand_as(whole).scatter(1, visible[..., None].expand_as(z[:, 1:]), z[:, 1:])
+    a, b = ((tokens - centre) @ axes for tokens in (whole, part))  # (B, N, 3)
+    colours = [enlarge(c / (4 * a.std((0, 1))) + 0.5) for c in (a, b)]
+    pictures = {"features": [rgb, masked, *colours, lit]}
     if model.config.loss != "infonce":
-        d = model.decoder(z, visible, hidden).float()  # (B, H, P)
+        d, x = model.decoder(z, visible, hidden).float(), patchify(x, p)  # (B, H, P), (B, N, P)
         if model.config.norm_pix:
             at = places(grid, x.device).float()
             away = torch.cdist(at, at)[hidden].masked_fill(mask[:, None], math.inf)  # (B, H, N)
             lender = take(x, away.argmin(-1))
             d = d * lender.std(-1, keepdim=True) + lender.mean(-1, keepdim=True)
-        pictures["reconstruction"] = [x, shown, x.scatter(1, hidden[..., None].expand_as(d), d)]
+        pasted = unpatchify(x.scatter(1, hidden[..., None].expand_as(d), d), grid, p)
+        pictures["reconstruction"] = [rgb, masked, pasted[:, :3].expand_as(rgb)]
     for name, rows in pictures.items():
-        rows = unpatchify(torch.cat([row[:8] for row in rows]).clamp(0, 1), grid, p)
-        rows = F.interpolate(rows, scale_factor=max(1, 96 // rows.shape[-1]))  # larger, not blurred
+        rows = torch.cat([row[:8] for row in rows]).clamp(0, 1)
+        rows = F.interpolate(rows, scale_factor=math.ceil(96 / rows.shape[-1]))  # not blurred
         save_image(make_grid(rows, nrow=8, padding=4), folder / f"{name}.png")
 
 
@@ -634,13 +682,6 @@ def learning_rate(step, config):
     return config.lr * min((step + 1) / rise, 0.5 + 0.5 * math.cos(math.pi * fall))
 
 
-def distribute(model, device):
-    """The model to call in training: compiled on CUDA, with the gradients of all processes."""
-    if device.startswith("cuda"):
-        model.compile()
-    return nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-
-
 def decay_groups(parameters, weight_decay, scale=1.0):
     """Parameter groups in which only what has two dimensions or more decays."""
     matrices = {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay}
@@ -650,61 +691,85 @@ def decay_groups(parameters, weight_decay, scale=1.0):
 
 def pick_device(config):
     """The device asked for, or the best there is; and autocast to bfloat16 where that is native."""
-    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = config.device if config.device != "auto" else best.type if best else "cpu"
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        fail(f"--device {device}: not to be had here; auto takes what is")
-    native = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-    native = torch.cuda.is_bf16_supported(False) if device == "cuda" else native and device == "cpu"
-    low = native if config.precision == "auto" else config.precision == "bfloat16"
-    autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=low)
+    best = torch.accelerator.current_accelerator(True) or torch.device("cpu")
+    device = best.type if config.device == "auto" else config.device
+    with blame(f"--device {device}: not to be had here; auto takes what is"):
+        kind = torch.zeros(1, device=device).device.type
     if WORLD > 1 and not distributed.is_initialized():
         distributed.init_process_group()  # nccl for tensors on CUDA, gloo on the CPU
-    return (
-        f"cuda:{os.environ['LOCAL_RANK']}" if WORLD > 1 and device == "cuda" else device,
-        autocast,
-    )
+        if kind == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    native = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    native = torch.cuda.is_bf16_supported(False) if kind == "cuda" else native and kind == "cpu"
+    low = native if config.precision == "auto" else config.precision == "bfloat16"
+    return device, torch.autocast(kind, torch.bfloat16, enabled=low)
 
 
 def load_checkpoint(path):
-    """The content of a checkpoint, or of the one in a run's folder; nothing in it is executed."""
+    """The content of a checkpoint, or of the one in a run's folder; nothing in it is executed.
+
+    Weights as MAE publishes them, {"model": {...}}, or timm, {...}, come in the same form: as the
+    encoder, without MAE's decoder, and with what their shapes say as config.
+    """
     path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
-    try:
+    with blame(f"{path}: not a checkpoint that can be used here"):
         content = torch.load(path, map_location="cpu", weights_only=True)
-        lacks = {"format", "config", "step", "encoder", "optimizer"} - content.keys()
-        if not lacks and content["format"] <= FORMAT:
-            return content
-        reason = f"it lacks {lacks}" if lacks else f"format {content['format']} is newer"
-    except Exception as error:  # noqa: BLE001 (damaged files make torch raise anything)
-        reason = str(error).strip().split("\n")[0][:80]
-    fail(f"{path}: not a checkpoint that can be used here ({reason})")
+        weights = content.get("model", content)
+        if "patch_embed.proj.weight" in weights:
+            painter = "decoder", "mask_token"
+            weights = {k: v for k, v in weights.items() if not k.startswith(painter)}
+            dim, chans, _, p = weights["patch_embed.proj.weight"].shape
+            depth = len({k.split(".")[1] for k in weights if k.startswith("blocks.")})
+            model = {size[:2]: name for name, size in SIZES.items()}.get((dim, depth))
+            if model is None:
+                raise ValueError(f"no --model has width {dim} and depth {depth}")
+            side = math.isqrt(weights["pos_embed"].shape[1] - 1) * p
+            config = {"model": model, "patch_size": p, "img_size": str(side), "in_chans": chans}
+            return {"encoder": weights, "config": config}
+        needs = {"format", "step", "encoder", "optimizer", "model", "patch_size", "img_size"}
+        lacks = needs - {*content, *content.get("config", {})}
+        if lacks or content["format"] > FORMAT:
+            raise ValueError(f"it lacks {lacks}" if lacks else "its format is newer")
+    return content
+
+
+def encoder_weights(content, grid):
+    """The encoder's weights in a checkpoint's content, with positions for `grid`.
+
+    Sin-cos positions are made anew, learned ones interpolated.
+    """
+    weights, config, pos = content["encoder"], content["config"], content["encoder"]["pos_embed"]
+    old = tuple(side // config["patch_size"] for side in sides(config["img_size"]))
+    if old == grid:
+        return weights
+    if torch.allclose(pos, sincos_positions(old, pos.shape[2]), atol=1e-4):
+        return {**weights, "pos_embed": sincos_positions(grid, pos.shape[2])}
+    table = pos[:, 1:].mT.unflatten(2, old)  # (1, D, rows, columns)
+    table = F.interpolate(table, grid, mode="bicubic", antialias=True).flatten(2).mT
+    return {**weights, "pos_embed": torch.cat([pos[:, :1], table], dim=1)}
 
 
 def save_checkpoint(folder, content):
     """Written beside, flushed to the disk, then renamed: a crash leaves the old or the new one."""
-    try:
+    with blame(f"--out {folder}: step {content['step']} not saved, the last checkpoint stays"):
         with open(folder / "checkpoint.tmp", "wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(file.name, folder / "checkpoint.pt")
-    except (OSError, RuntimeError) as error:  # torch.save makes the latter of a full disk
-        lost = f"step {content['step']} not saved ({str(error).splitlines()[0]})"
-        fail(f"--out {folder}: {lost}; the last checkpoint stays")
 
 
 def start_run(config):
     """See that the run can be had. Returns the checkpoint to resume from, or None."""
-    folder, settings = Path(config.out), asdict(config)
+    folder = Path(config.out)
     if config.batch_size % WORLD:
         fail(f"--batch-size {config.batch_size}: must be a multiple of {WORLD}, the processes")
     if config.resume:
         content = load_checkpoint(folder)
         for name, value in content["config"].items():
-            if name not in FREE and settings.get(name) != value:
-                fail(f"--{name.replace('_', '-')} {settings.get(name)}: the run has {value}")
+            ours = getattr(config, name, None)
+            if name not in FREE and str(ours) != str(value):
+                fail(f"--{name.replace('_', '-')} {ours}: the run has {value}")
         if content["step"] >= config.steps:
             fail(f"--steps {config.steps}: the run in {folder} has {content['step']} already")
         return content
@@ -719,27 +784,25 @@ def fit(config, parts, optimizer, resumed, data, device, forward, watch):
     """The one loop: from the step that `resumed` had come to, or 0, to config.steps.
 
     parts: the modules by their names in checkpoint.pt. forward(index, pixels): the loss and a dict
-    of figures of one batch, tensors all; watch(): figures that cost more. Nothing makes a GPU wait
-    but the log. Returns the last line of the log.
+    of figures of one batch; watch(): figures that cost more. Nothing makes a GPU wait but the log
+    and the check before a checkpoint. Returns the last line of the log.
     """
-    T, B, folder, caught, lines = config.steps, config.batch_size, Path(config.out), [], []
-    log, first = folder / "log.jsonl", resumed["step"] if resumed else 0
+    T, B, folder, caught = config.steps, config.batch_size, Path(config.out), []
+    log, first, lines = folder / "log.jsonl", 0, []
     if resumed:
-        lines = [x for x in log.read_text().splitlines() if json.loads(x)["step"] <= first]
-        try:
+        with blame(f"--resume: the run in {folder} cannot go on"):
             for name, part in {**parts, "optimizer": optimizer}.items():
                 part.load_state_dict(resumed[name])
-        except (KeyError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:120]
-            fail(f"--resume: the checkpoint in {folder} does not fit its config ({reason})")
+            first, lines = resumed["step"], log.read_text().splitlines(keepends=True)
     if RANK == 0:  # which alone writes
         folder.mkdir(parents=True, exist_ok=True)
-        if not resumed:
-            (folder / "checkpoint.pt").unlink(missing_ok=True)
-        log.write_text("".join(f"{line}\n" for line in lines))
+        whole = (x for x in lines if x.endswith("}\n"))  # not what a crash left of a line
+        log.write_text("".join(x for x in whole if json.loads(x)["step"] <= first))
         (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
         (folder / "images.txt").write_text("".join(f"{name}\n" for name in data.names))
         print(f"{len(data)} images, {T} steps of {B} = {T * B / len(data):.1f} epochs, on {device}")
+        if not resumed:
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
 
     def stop(number, frame):  # a second Ctrl-C or SIGTERM ends the program at once
         caught.append(number)
@@ -747,7 +810,6 @@ def fit(config, parts, optimizer, resumed, data, device, forward, watch):
 
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     weights = [p for group in optimizer.param_groups for p in group["params"]]
-    broken = 0.0  # gradients that were not finite
     order = torch.Generator().manual_seed(config.seed)  # each epoch takes all images once
     order = BatchSampler(RandomSampler(data, num_samples=T * B, generator=order), B, False)
     order = (index[MINE] for index in islice(order, first, None))
@@ -755,36 +817,32 @@ def fit(config, parts, optimizer, resumed, data, device, forward, watch):
     bar = tqdm(bar, total=T, initial=first, unit=" images", unit_scale=B, disable=RANK > 0)
     for step, (index, pixels) in enumerate(bar, first + 1):
         set_seed(config.seed, step)  # all that is random in a step is a function of its number
-        loss, figures = forward(index, pixels)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(weights, 3.0)
         rate = learning_rate(step - 1, config)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        optimizer.found_inf = (~norm.isfinite()).float()  # 1: then no weight moves
-        broken = broken + optimizer.found_inf
+        loss, figures = forward(index, pixels)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(weights, 3.0)
+        logged, halt = step in (1, T) or step % LOG_EVERY == 0, caught[0] if caught else 0
+        if WORLD > 1:  # all stop after the same step
+            halt = int(gather(torch.tensor([halt], device=device)).max()) if logged else 0
+        saved = step == T or step % config.save_every == 0 or halt > 0
+        if (logged or saved) and not norm.isfinite():  # what was not finite once remains so
+            fail(f"step {step}: not finite; the last checkpoint stays, try a lower --lr")
         optimizer.step()
         optimizer.zero_grad()
 
-        logged = step == 1 or step % LOG_EVERY == 0
-        halt = caught[0] if caught else 0
-        if WORLD > 1:  # all stop after the same step
-            halt = int(gather(torch.tensor([halt], device=device)).max()) if logged else 0
-        last = step == T or halt > 0
-        if logged or last:
-            loss = gather(loss.detach()[None]).mean()
-            if broken or not loss.isfinite():
-                fail(f"step {step}: a gradient was not finite, no weight moved; try a lower --lr")
-            line = {"step": step, "loss": loss.item(), "lr": rate, "grad_norm": norm.item()}
-            line |= {name: value.item() for name, value in figures.items()} | watch()
+        if logged or halt:
+            line = {"step": step, "loss": gather(loss.detach()[None]).mean().item(), "lr": rate}
+            line |= {k: float(x) for k, x in {"grad_norm": norm, **figures}.items()} | watch()
             line["images_per_s"] = round(B * (bar.format_dict["rate"] or 0.0), 1)
             bar.set_postfix({k: f"{line[k]:.3f}" for k in ("loss", "invariance") if k in line})
             if RANK == 0:
                 with open(log, "a") as file:
                     file.write(json.dumps(line) + "\n")
-        if (step % config.save_every == 0 or last) and RANK == 0:
+        if saved and RANK == 0:
             content = {name: part.state_dict() for name, part in parts.items()}
-            content |= {"step": step, "optimizer": optimizer.state_dict()}
+            content |= {"step": step, "optimizer": optimizer.state_dict(), "scale": data.scale}
             save_checkpoint(folder, {"format": FORMAT, "config": asdict(config), **content})
         if halt and step < T:
             bar.close()
@@ -799,22 +857,32 @@ def train(config):
     """One pretraining run, from data to pictures."""
     device, autocast = pick_device(config)
     resumed = start_run(config)
+    source = load_checkpoint(config.init) if config.init else None
     data = open_data(config, count=config.num_images)
     set_seed(config.seed, 2**32)
     model = RelaxMIM(config).to(device)
+    if source:
+        with blame(f"--init {config.init}: does not fit"):
+            model.encoder.load_state_dict(encoder_weights(source, model.encoder.grid))
     groups = decay_groups(list(model.parameters()), config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
-    net = distribute(model, device)
+    if device.startswith("cuda"):
+        model.compile()
+    net = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     jitter = v2.Compose([v2.ColorJitter(0.4, 0.4, 0.4, 0.1), v2.RandomGrayscale(0.2)])
 
+    def augment(pixels, u):
+        """A crop of each image, (B, C, H, W), and in colours of its own if two are compared."""
+        crops = random_crops(pixels, u, config.img_size)
+        if config.transform == "crop":  # as in SimCLR
+            crops = torch.stack([jitter(crop / 255) for crop in crops]) * 255
+        return data.normalise(crops)
+
     def views(pixels, B, rows=slice(None)):
-        """Two views (B, 3, H, W) of B images and what of each is hidden (B, N); `rows` of these."""
+        """Two views (B, C, H, W) of B images and what of each is hidden (B, N); `rows` of these."""
         u, N = torch.rand(2, 5, B, device=device)[..., rows], math.prod(model.encoder.grid)
-        view1 = view2 = random_crops(pixels, u[0], config.img_size)
-        if config.transform == "crop":  # two crops, each with colours of its own, as in SimCLR
-            pixels = pixels.expand(u.shape[2], -1, -1, -1)
-            sources = (torch.stack([jitter(x) for x in pixels]) for _ in u)
-            view1, view2 = (random_crops(x, v, config.img_size) for x, v in zip(sources, u))
+        view1 = augment(pixels, u[0])
+        view2 = augment(pixels, u[1]) if config.transform == "crop" else view1
         mask1 = MASKS[config.mask](B, model.encoder.grid, config.mask_ratio, device=device)
         # view 2 hides what view 1 shows and half of the rest: smallest scores are hidden first
         mask2 = hide(torch.rand(B, N, device=device) + mask1, model.hidden2 / N)
@@ -838,29 +906,21 @@ def train(config):
         print("at the start:", claim.format(**watch()))
     parts = dict(model.named_children())
     line = fit(config, parts, optimizer, resumed, data, device, forward, watch)
-    if RANK > 0:
-        return
-    draw(model, probe, probe_mask, Path(config.out))
-    if config.loss == "infonce":
-        rivals = probe_mask.shape[1] - model.hidden2
-        rivals = config.batch_size if config.transform == "crop" else rivals
-        log = f"log(candidates) {math.log(rivals):.2f}"
-        print(f"{log}, accuracy {line['accuracy']:.3f} where chance is {1 / rivals:.3f}")
-    print("at the end:", claim.format(**line))
-    print(f"loss {line['loss']:.3f}; written to {config.out}")
+    if RANK == 0:
+        draw(model, probe, probe_mask, data.scale, Path(config.out))
+        print("at the end:", claim.format(**line))
+        print(", ".join(f"{name} {value:.4g}" for name, value in line.items()))
+        print(f"written to {config.out}")
 
 
 def main(args):
     config = parse(Config, __doc__, args)
-    N = (config.img_size // config.patch_size) ** 2
-    if config.img_size % config.patch_size:
-        fail(f"--patch-size {config.patch_size}: must divide --img-size {config.img_size}")
-    if not 0 < round(config.mask_ratio * N) < N:
-        fail(f"--mask-ratio {config.mask_ratio}: must hide some of {N} patches, not all")
-    if config.loss == "infonce" and round(config.mask_ratio * N) < 3:
-        fail(f"--mask-ratio {config.mask_ratio}: infonce needs 3 hidden patches of the {N} or more")
-    if config.transform == "crop" and config.loss != "infonce":
-        fail(f"--loss {config.loss}: two crops are compared by --loss infonce")
+    N = math.prod(patch_grid(config))
+    least = 3 if config.loss == "infonce" else 1  # half of these are its candidates: 2 at least
+    if not least <= round(config.mask_ratio * N) < N:
+        fail(f"--mask-ratio {config.mask_ratio}: must hide {least} or more of {N} patches, not all")
+    if config.transform == "crop" and (config.loss != "infonce" or config.in_chans == 4):
+        fail(f"--transform crop: needs --loss infonce, not {config.loss}, and no alpha channel")
     name = "crop" if config.transform == "crop" else config.loss
     count = f"-{config.num_images}" if config.num_images else ""
     config.out = config.out or f"runs/{name}-{Path(config.data).stem}{count}"

@@ -244,7 +244,7 @@ def print_table(head, rows):
 def evaluate(config, ratios, shapes, device):
     """All that is asked for, printed and written."""
     paths, folder = [Path(path) for path in config.checkpoints], Path(config.out)
-    names = [path.parent.name if path.suffix else path.name for path in paths]
+    names = [path.parent.name if path.name == "checkpoint.pt" else path.name for path in paths]
     names = [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]
     opened = dict(zip(names, (open_model(path, device) for path in paths)))
     first, known, scale = opened[names[0]]

@@ -274,7 +274,7 @@ def main(args):
     ):
         mim.fail(f"--data {folder}: takes a folder of train/CLASS/ and test/CLASS/ or val/CLASS/")
     path = Path(config.checkpoint[0]) if source else Path("scratch")
-    stem = (path.parent if path.suffix else path).name
+    stem = (path.parent if path.name == "checkpoint.pt" else path).name
     kind = "probe" if config.linear_probe else "finetune"
     config.out = config.out or f"runs/{kind}-{stem}-on-{Path(config.data).stem}"
     train(config, source)

@@ -808,7 +808,21 @@ def test_positions_of_a_rectangle_are_made_anew_or_interpolated():
 
 
 @pytest.mark.parametrize("size, chans", [("16x24", 1), ("24x16", 4), ("24x16", 3)])
-def test_images_of_any_shape_and_channels_through_all_scripts(size, chans, photos, tmp_path):
+def test_images_of_any_shape_and_channels_through_all_scripts(
+    size, chans, photos, tmp_path, monkeypatch, mistake
+):
+    scales = []  # by which the test images are normalised
+
+    def watched(function):
+        def call(*args):
+            data = next(arg for arg in args if isinstance(arg, relaxmim.Images))
+            scales.append(data.scale)
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(finetune, "accuracy", watched(finetune.accuracy))
+    monkeypatch.setattr(eval_occlusion, "accuracies", watched(eval_occlusion.accuracies))
     tiny = ["--data", photos, "--batch-size", 4, "--steps", 2]
     pretrain = [*tiny, "--loss", "mae", "--img-size", size, "--in-chans", chans, "--out", "a"]
     within(tmp_path, relaxmim.main, *pretrain)
@@ -821,6 +835,7 @@ def test_images_of_any_shape_and_channels_through_all_scripts(size, chans, photo
         assert content["encoder"]["patch_embed.proj.weight"].shape == (128, chans, 4, 4)
         assert content["encoder"]["pos_embed"].shape == (1, 1 + h * w // 16, 128)
         assert torch.equal(content["scale"], a["scale"]) and a["scale"].shape == (2, chans, 1, 1)
+    assert len(scales) == 2 and all(torch.equal(scale, a["scale"]) for scale in scales)
     data = open_data(Config(data=str(photos), img_size=size, in_chans=chans))
     assert data.pixels.shape == (37, chans, *((20, 30) if size == "16x24" else (24, 16)))
     pixels = data.normalise(data.pixels.float())
@@ -831,6 +846,10 @@ def test_images_of_any_shape_and_channels_through_all_scripts(size, chans, photo
         with Image.open(tmp_path / "a" / f"{name}.png") as picture:
             scale = 96 // w
             assert picture.size == (8 * (w * scale + 4) + 4, rows * (h * scale + 4) + 4)
+    if chans != 3:
+        torch.save(foreign_weights(8, learned=False), tmp_path / "rgb.pth")
+        paths = [str(tmp_path / name) for name in ("b", "rgb.pth")]
+        mistake(f"rgb.pth: takes 3 channels, b {chans}", eval_occlusion.main, paths)
 
 
 def test_the_class_token_s_attention_lights_the_original(tmp_path):

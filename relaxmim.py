@@ -118,7 +118,7 @@ def blame(what):
     try:
         yield
     except Exception as error:  # noqa: BLE001
-        fail(f"{what} ({' '.join(str(error).split())[:120]})")
+        fail(f"{what} ({' '.join(str(error).split())[:300]})")
 
 
 def parse(cls, description, args):
@@ -709,15 +709,18 @@ def load_checkpoint(path):
     """The content of a checkpoint, or of the one in a run's folder; nothing in it is executed.
 
     Weights as MAE publishes them, {"model": {...}}, or timm, {...}, come in the same form: as the
-    encoder, without MAE's decoder, and with what their shapes say as config.
+    encoder, without MAE's decoder or a head for the class token, and with what their shapes say as
+    config.
     """
     path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
     with blame(f"{path}: not a checkpoint that can be used here"):
         content = torch.load(path, map_location="cpu", weights_only=True)
         weights = content.get("model", content)
         if "patch_embed.proj.weight" in weights:
-            painter = "decoder", "mask_token"
-            weights = {k: v for k, v in weights.items() if not k.startswith(painter)}
+            others = "decoder", "mask_token", "head" if "norm.weight" in weights else "mask_token"
+            left = sorted({k.split(".")[0] for k in weights if k.startswith(others)})
+            print(f"{path}: leaves out {', '.join(left) or 'nothing'}", file=sys.stderr)
+            weights = {k: v for k, v in weights.items() if not k.startswith(others)}
             dim, chans, _, p = weights["patch_embed.proj.weight"].shape
             depth = len({k.split(".")[1] for k in weights if k.startswith("blocks.")})
             model = {size[:2]: name for name, size in SIZES.items()}.get((dim, depth))
@@ -725,7 +728,7 @@ def load_checkpoint(path):
                 raise ValueError(f"no --model has width {dim} and depth {depth}")
             side = math.isqrt(weights["pos_embed"].shape[1] - 1) * p
             config = {"model": model, "patch_size": p, "img_size": str(side), "in_chans": chans}
-            return {"encoder": weights, "config": config}
+            return {"encoder": weights, "config": {**config, "linear_probe": False}}
         needs = {"format", "step", "encoder", "optimizer", "model", "patch_size", "img_size"}
         lacks = needs - {*content, *content.get("config", {})}
         if lacks or content["format"] > FORMAT:

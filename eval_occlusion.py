@@ -269,8 +269,8 @@ def evaluate(config, ratios, shapes, device):
     for name, (model, _) in heads.items():
         if (count := model.head.out_features) != len(classes):
             mim.fail(f"--data {config.data}: {len(classes)} classes; {name} has {count}")
-    if config.cue_conflict and not heads:
-        mim.fail(f"--cue-conflict {config.cue_conflict}: needs a checkpoint with a head")
+    if config.cue_conflict and (not heads or config.in_chans != 3):
+        mim.fail(f"--cue-conflict {config.cue_conflict}: needs a checkpoint with a head, for RGB")
     with mim.blame(f"--out {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -281,7 +281,7 @@ def evaluate(config, ratios, shapes, device):
         for name, (model, size) in heads.items():
             found = accuracies(config, model, data, labels, size, shape, ratios, device)
             level = area(ratios, [value for value, _ in found])
-            kept = level / max(found[0][0], 1e-9)
+            kept = level / found[0][0] if found[0][0] else 0.0
             curves[name] = {"accuracy": found, "area": level, "kept": kept}
             cells = [f"{100 * value:.1f}±{100 * std:.1f}" for value, std in found]
             rows.append([name, *cells, f"{100 * level:.1f}", f"{kept:.0%}"])

@@ -63,7 +63,6 @@ class Config:
     seed: int = mim.option(0, "of all that is random", 0, 2**31)
     out: str = mim.option("", "folder of the run; empty: runs/finetune-CHECKPOINT")
     resume: bool = mim.option(False, "go on with the run in that folder")
-    overwrite: bool = mim.option(False, "replace the run in that folder")
     save_every: int = mim.option(500, "steps between checkpoints", 1, 10**9)
     device: str = mim.option("auto", "auto, cpu, cuda or mps")
     precision: str = mim.option("auto", "of matrix products", "auto", "float32", "bfloat16")

@@ -100,7 +100,6 @@ class Config:
     seed: int = option(0, "of all that is random", 0, 2**31)
     out: str = option("", "folder of the run; empty: runs/LOSS-DATA")
     resume: bool = option(False, "go on with the run in that folder")
-    overwrite: bool = option(False, "replace the run in that folder")
     save_every: int = option(500, "steps between checkpoints", 1, 10**9)
     device: str = option("auto", "auto, cpu, cuda or mps")
     precision: str = option("auto", "of matrix products", "auto", "float32", "bfloat16")
@@ -672,7 +671,7 @@ def draw(model, images, mask, scale, folder):
 
 FORMAT, LOG_EVERY = 1, 20  # of checkpoint.pt; steps from one line of the log to the next
 # what may differ when a run is resumed
-FREE = {"steps", "out", "resume", "overwrite", "save_every", "workers", "cache_gb", "device"}
+FREE = {"steps", "out", "resume", "save_every", "workers", "cache_gb", "device"}
 
 
 def learning_rate(step, config):
@@ -776,8 +775,8 @@ def start_run(config):
         if content["step"] >= config.steps:
             fail(f"--steps {config.steps}: the run in {folder} has {content['step']} already")
         return content
-    if folder.is_dir() and any(folder.iterdir()) and not config.overwrite:
-        fail(f"--out {folder}: not empty; add --resume or --overwrite, or name another")
+    if folder.is_dir() and any(folder.iterdir()):
+        fail(f"--out {folder}: not empty; add --resume, name another, or remove it")
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
         fail(f"--out {folder}: cannot be written in {above}; name another")
@@ -804,8 +803,6 @@ def fit(config, parts, optimizer, resumed, data, device, forward, watch):
         (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
         (folder / "images.txt").write_text("".join(f"{name}\n" for name in data.names))
         print(f"{len(data)} images, {T} steps of {B} = {T * B / len(data):.1f} epochs, on {device}")
-        if not resumed:
-            (folder / "checkpoint.pt").unlink(missing_ok=True)
 
     def stop(number, frame):  # a second Ctrl-C or SIGTERM ends the program at once
         caught.append(number)

@@ -102,7 +102,7 @@ def open_model(path, device):
 
 
 def batches(config, data, img_size, device):
-    """The test images, (B, 3, H, W), and their indices, in the order of all models."""
+    """The test images, (B, C, H, W), and their indices, in the order of all models."""
     every = BatchSampler(range(len(data)), config.batch_size, drop_last=False)
     for index, pixels in data.batches(every, device, config.workers):
         yield index, whole(data, pixels, img_size)

@@ -716,10 +716,11 @@ def load_checkpoint(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
         weights = content.get("model", content)
         if "patch_embed.proj.weight" in weights:
-            others = "decoder", "mask_token", "head" if "norm.weight" in weights else "mask_token"
-            left = sorted({k.split(".")[0] for k in weights if k.startswith(others)})
-            print(f"{path}: leaves out {', '.join(left) or 'nothing'}", file=sys.stderr)
-            weights = {k: v for k, v in weights.items() if not k.startswith(others)}
+            others = ["decoder", "mask_token", *(["head"] if "norm.weight" in weights else [])]
+            left = {k.split(".")[0] for k in weights if k.startswith(tuple(others))}
+            weights = {k: v for k, v in weights.items() if k.split(".")[0] not in left}
+            if left:
+                print(f"{path}: leaves out {', '.join(sorted(left))}", file=sys.stderr)
             dim, chans, _, p = weights["patch_embed.proj.weight"].shape
             depth = len({k.split(".")[1] for k in weights if k.startswith("blocks.")})
             model = {size[:2]: name for name, size in SIZES.items()}.get((dim, depth))
@@ -796,10 +797,10 @@ def fit(config, parts, optimizer, resumed, data, device, forward, watch):
             for name, part in {**parts, "optimizer": optimizer}.items():
                 part.load_state_dict(resumed[name])
             first, lines = resumed["step"], log.read_text().splitlines(keepends=True)
+            lines = [x for x in lines if x.endswith("}\n")]  # without what a crash left of the last
     if RANK == 0:  # which alone writes
         folder.mkdir(parents=True, exist_ok=True)
-        whole = (x for x in lines if x.endswith("}\n"))  # not what a crash left of a line
-        log.write_text("".join(x for x in whole if json.loads(x)["step"] <= first))
+        log.write_text("".join(x for x in lines if json.loads(x)["step"] <= first))
         (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
         (folder / "images.txt").write_text("".join(f"{name}\n" for name in data.names))
         print(f"{len(data)} images, {T} steps of {B} = {T * B / len(data):.1f} epochs, on {device}")

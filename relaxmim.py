@@ -36,6 +36,7 @@ import signal
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -231,8 +232,8 @@ class Images(Dataset):
         """For each list of indices: it, and uint8 (B, C, H, W), or (1, C, H, W) if n = 1."""
         if self.pixels is None:
             options = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
-            own = torch.Generator()  # else it draws from the global one, and crops would differ
-            for index, pixels in DataLoader(self, batch_sampler=indices, generator=own, **options):
+            options["generator"] = torch.Generator()  # the global one is for crops and masks
+            for index, pixels in DataLoader(self, batch_sampler=indices, **options):
                 yield index, pixels.to(device, non_blocking=True)
             return
         pixels = self.pixels.to(device)
@@ -592,10 +593,7 @@ class RelaxMIM(nn.Module):
 
     @torch.no_grad()
     def centred_tokens(self, view2, mask2, targets):
-        """z2 as InfoNCE compares it: (B, K, D), without what the batch has in common at a place.
-
-        The question is: which of the image's own targets lies here? That would give the place away.
-        """
+        """z2, (B, K, D), without what the batch has in common at a place: it gives the place away."""
         k = self.encoder(view2, mask2, self.hidden2)[:, 1:].float()
         sums = k.new_zeros(mask2.shape[1], k.shape[2])
         sums = sums.index_add(0, targets.flatten(), k.flatten(0, 1))  # (N, D)
@@ -613,13 +611,14 @@ def invariance(encoder, images, mask):
     """The claim, measured: mean cosine of images and their masked selves, and of different images.
 
     images: (B, C, H, W); mask: (B, N). Features are the mean of the patch tokens, centred over the
-    batch and both views: what all images share is no likeness. Returns (same, different) in -1..1.
+    batch and both views: what all images share is no likeness. Returns a dict of the two, -1..1.
     """
     a, b = (encoder(images, m)[:, 1:].float().mean(1) for m in (None, mask))  # (B, D)
     centre = torch.cat([a, b]).mean(0)
     cosine = F.normalize(a - centre, dim=1) @ F.normalize(b - centre, dim=1).T  # (B, B)
     same, B = cosine.diagonal().mean(), len(a)
-    return same.item(), ((cosine.mean() * B - same) / (B - 1)).item()
+    different = (cosine.mean() * B - same) / (B - 1)
+    return {"invariance": same.item(), "different": different.item()}
 
 
 @torch.no_grad()
@@ -889,19 +888,12 @@ def train(config):
         mask2 = hide(torch.rand(B, N, device=device) + mask1, model.hidden2 / N)
         return view1, view2, mask1[rows], mask2[rows]
 
-    def forward(index, pixels):
-        with autocast:
-            return net(*views(pixels, config.batch_size, MINE))
-
-    def watch():
-        with autocast:
-            same, different = invariance(model.encoder, probe, probe_mask)
-        return {"invariance": same, "different": different}
-
     set_seed(config.seed, 2**32 + 1)  # 64 crops and masks, by which the claim is measured
     index = torch.randperm(max(64, len(data)))[:64] % len(data)
     _, pixels = next(data.batches([index.tolist()], device))
     probe, _, probe_mask, _ = views(pixels, 64)
+    watch = autocast(partial(invariance, model.encoder, probe, probe_mask))
+    forward = autocast(lambda index, pixels: net(*views(pixels, config.batch_size, MINE)))
     claim = "cosine of an image and its masked self {invariance:.3f}, of two images {different:.3f}"
     if RANK == 0:
         print("at the start:", claim.format(**watch()))

@@ -216,7 +216,7 @@ class Images(Dataset):
             try:
                 with Image.open(self.names[j]) as image:
                     image.draft(None, self.size)  # a large JPEG is decoded at 1/2, 1/4 or 1/8
-                    image = ImageOps.exif_transpose(image)
+                    ImageOps.exif_transpose(image, in_place=True)
                     if image.mode.startswith("I"):  # 16 bits a pixel: convert() would cut them off
                         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype("u1"))
                     image = image.convert(self.mode)
@@ -267,8 +267,8 @@ def open_data(config, train=True, count=0):
     else:  # a photograph, or a folder: of train/CLASS and test/CLASS, or of any depth
         parts = [Path(data, part) for part in (["train"] if train else ["test", "val"])]
         root = next(filter(Path.is_dir, parts), Path(data))
-        files = [root] if root.is_file() else sorted(root.rglob("*"))
-        names = [str(f) for f in files if f.suffix.lower() in datasets.folder.IMG_EXTENSIONS]
+        files = [root] if root.is_file() else root.rglob("*")
+        names = sorted(str(f) for f in files if f.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
     if not names:
         known = "synthetic", "cifar10", "cifar100", "stl10", "a folder", "a photograph"
         known = difflib.get_close_matches(data, known, 1) or known
@@ -862,7 +862,8 @@ def train(config):
     set_seed(config.seed, 2**32)
     model = RelaxMIM(config).to(device)
     if source:
-        with blame(f"--init {config.init}: does not fit"):
+        made = "--model {model} --patch-size {patch_size}".format(**source["config"])
+        with blame(f"--init {config.init}: does not fit, it is of {made}"):
             model.encoder.load_state_dict(encoder_weights(source, model.encoder.grid))
     groups = decay_groups(list(model.parameters()), config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)

@@ -514,6 +514,23 @@ def test_a_photograph_is_turned_upright(tmp_path):
     assert relaxmim.Images([tmp_path / "a.jpg"])[0][1].shape == (3, 40, 20)
 
 
+def test_of_nothing_right_nothing_is_kept(chain):
+    cwd, _ = chain
+    name = "finetune-infonce-synthetic-1-on-synthetic"
+    content = torch.load(cwd / "runs" / name / "checkpoint.pt")
+    curves = []
+    for answer in (0, 1):  # always the same answer, to one image: at least one of the two is wrong
+        content["encoder"]["head.weight"].zero_()
+        content["encoder"]["head.bias"].zero_()[answer] = 1
+        torch.save(content, cwd / f"always-{answer}.pt")
+        options = ("--num-images", 1, "--ratios", "0,0.5", "--shapes", "block")
+        within(cwd, eval_occlusion.main, f"always-{answer}.pt", *options, "--out", f"a{answer}")
+        result = json.loads((cwd / f"a{answer}" / "occlusion.json").read_text())
+        curves.append(result["accuracy"]["block"][f"always-{answer}.pt"])
+    assert 0.0 in [curve["kept"] for curve in curves]
+    assert all(curve["kept"] == curve["area"] for curve in curves)
+
+
 def test_cue_conflict_counts_the_answers_that_name_shape_and_texture(tmp_path, mistake):
     """A model that answers by the mean colour: red is a cat, green a dog, blue a ship."""
     for i, (name, colour) in enumerate(
@@ -789,7 +806,8 @@ def test_init_takes_weights_of_other_layouts_and_sizes(tmp_path, mistake, capsys
     assert row[0] < -0.8 and row[-1] > 0.8
     with contextlib.chdir(tmp_path):
         wide = [*map(str, options), "--model", "tiny"]
-        mistake("--init mae.pth: does not fit.*blocks", relaxmim.main, wide)
+        made = "--init mae.pth: does not fit, it is of --model nano --patch-size 4 .*blocks"
+        mistake(made, relaxmim.main, wide)
 
 
 def test_positions_of_a_rectangle_are_made_anew_or_interpolated():
@@ -852,6 +870,7 @@ def test_images_of_any_shape_and_channels_through_all_scripts(
         torch.save(foreign_weights(8, learned=False), tmp_path / "rgb.pth")
         paths = [str(tmp_path / name) for name in ("b", "rgb.pth")]
         mistake(f"rgb.pth: takes 3 channels, b {chans}", eval_occlusion.main, paths)
+        mistake("--cue-conflict x.*RGB", eval_occlusion.main, [paths[0], "--cue-conflict", "x"])
 
 
 def test_the_class_token_s_attention_lights_the_original(tmp_path):

@@ -49,7 +49,7 @@ class Config:
     data_dir: str = mim.option("data", "where torchvision's sets are kept")
     cache_gb: float = mim.option(1.0, "a folder larger than this is streamed, GiB", 0.0, 1e6)
     workers: int = mim.option(2, "processes that read files", 0, 256)
-    batch_size: int = mim.option(250, "images at a time; features: in all", 2, 10**6)
+    batch_size: int = mim.option(250, "images at a time", 2, 10**6)
     seed: int = mim.option(0, "of images, masks and noise", 0, 2**31)
     out: str = mim.option("runs/occlusion", "folder for what is written")
     device: str = mim.option("auto", "auto, cpu, cuda or mps")
@@ -334,7 +334,7 @@ def main(args):
         ratios = [float(part) for part in config.ratios.split(",")]
     except ValueError:
         ratios = [-1.0]
-    if ratios != sorted(set(ratios)) or ratios[0] < 0 or ratios[-1] >= 1:
+    if ratios != sorted(set(ratios)) or not all(0 <= ratio < 1 for ratio in ratios):
         mim.fail(f"--ratios {config.ratios}: rising numbers from 0 to below 1, with commas")
     shapes = config.shapes.split(",")
     for shape in shapes:

@@ -32,6 +32,7 @@ import difflib
 import json
 import math
 import os
+import pickle
 import signal
 import sys
 from contextlib import contextmanager
@@ -117,8 +118,10 @@ def blame(what):
     """Make of an error inside, whatever a library raises, one line that begins with `what`."""
     try:
         yield
+    except pickle.UnpicklingError:
+        fail(f"{what} (not written by torch, or it would run code)")
     except Exception as error:  # noqa: BLE001
-        fail(f"{what} ({' '.join(str(error).split())[:300]})")
+        fail(f"{what} ({' '.join(str(error).split())[:300] or type(error).__name__})")
 
 
 def parse(cls, description, args):
@@ -267,7 +270,7 @@ def open_data(config, train=True, count=0):
     else:  # a photograph, or a folder: of train/CLASS and test/CLASS, or of any depth
         parts = [Path(data, part) for part in (["train"] if train else ["test", "val"])]
         root = next(filter(Path.is_dir, parts), Path(data))
-        files = [root] if root.is_file() else root.rglob("*")
+        files = [root] if root.is_file() else root.rglob("*") if data else []
         names = sorted(str(f) for f in files if f.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
     if not names:
         known = "synthetic", "cifar10", "cifar100", "stl10", "a folder", "a photograph"
@@ -293,7 +296,10 @@ def open_data(config, train=True, count=0):
     if size and n * len(mode) * size[0] * size[1] <= config.cache_gb * 2**30:
         every = BatchSampler(range(n), 256, drop_last=False)
         index, pixels = zip(*data.batches(every, "cpu", config.workers if n > 1000 else 0))
-        data = replace(data, names=[names[i] for i in torch.cat(index)], pixels=torch.cat(pixels))
+        index = torch.cat(index).tolist()
+        if len({*index}) < n:
+            print(f"skipped {n - len({*index})} of {n}, others twice instead", file=sys.stderr)
+        data = replace(data, names=[names[i] for i in index], pixels=torch.cat(pixels))
     if mode != "RGB":  # its own mean and deviation, of up to 256 images
         _, pixels = next(data.batches([list(range(min(n, 256)))], "cpu"))
         pixels = pixels.float().transpose(0, 1).flatten(1)  # (C, pixels)
@@ -692,7 +698,8 @@ def pick_device(config):
     best = torch.accelerator.current_accelerator(True) or torch.device("cpu")
     device = best.type if config.device == "auto" else config.device
     with blame(f"--device {device}: not to be had here; auto takes what is"):
-        kind = torch.zeros(1, device=device).device.type
+        probe = torch.zeros(1, device=device)
+        kind, _ = probe.device.type, probe.item()  # "meta" would have no values
     if WORLD > 1 and not distributed.is_initialized():
         distributed.init_process_group()  # nccl for tensors on CUDA, gloo on the CPU
         if kind == "cuda":

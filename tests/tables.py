@@ -20,7 +20,7 @@ def read_run(folder):
         log = [json.loads(line) for line in (start / "log.jsonl").read_text().splitlines()]
         rate = statistics.median(line["images_per_s"] for line in log)
         images = result["pretraining"]["steps"] * result["pretraining"]["batch_size"]
-        result["pretraining_minutes"] = round(images / rate / 60, 2)
+        result["pretraining_minutes"] = round(images / rate / 60, 2) if rate else 0.0
     return result
 
 

@@ -599,7 +599,7 @@ class RelaxMIM(nn.Module):
 
     @torch.no_grad()
     def centred_tokens(self, view2, mask2, targets):
-        """z2, (B, K, D), without what the batch has in common at a place: it gives the place away."""
+        """z2 (B, K, D) without what the batch has in common at a place: it gives the place away."""
         k = self.encoder(view2, mask2, self.hidden2)[:, 1:].float()
         sums = k.new_zeros(mask2.shape[1], k.shape[2])
         sums = sums.index_add(0, targets.flatten(), k.flatten(0, 1))  # (N, D)

@@ -19,6 +19,7 @@ from relaxmim import (
     Images,
     RelaxMIM,
     ViT,
+    centred,
     decay_groups,
     fit,
     hide,
@@ -363,11 +364,29 @@ def test_infonce_starts_near_log_of_the_candidates():
     assert math.log(24) - 0.1 < loss.item() < math.log(24) + 0.4 and figures["accuracy"] < 0.2
 
 
-def test_infonce_learns_nothing_from_what_all_images_have_at_a_place():
-    # twice the same image and masks: only the place tells the targets apart (and 2k / 2 is exact)
-    images, _, mask1, mask2 = (x[:1].expand(2, *x.shape[1:]) for x in views_and_masks())
-    loss, _ = RelaxMIM(Config(loss="infonce"))(images, images, mask1, mask2)
-    assert loss.item() == pytest.approx(math.log(24), rel=1e-4)
+def test_infonce_compares_what_an_image_has_at_a_place_beyond_what_its_batch_has_there():
+    model = RelaxMIM(Config(loss="infonce"))
+    view1, view2, mask1, mask2 = views_and_masks()
+    visible, targets = split(mask1)[0], split(mask2)[0]
+    with torch.no_grad():
+        q = model.decoder(model.encoder(view1, mask1), visible, targets)
+        k = model.encoder(view2, mask2)[:, 1:]
+        plain = info_nce(q, k, 0.2)[0].item()
+        for place in range(64):
+            at = targets == place
+            for tokens in (q, k):
+                tokens[at] -= tokens[at].mean(0) if at.any() else 0.0
+        loss = info_nce(q, k, 0.2)[0].item()
+    assert model(view1, view2, mask1, mask2)[0].item() == pytest.approx(loss, rel=1e-5)
+    assert loss != pytest.approx(plain, rel=1e-3)
+
+
+def test_a_place_that_one_image_shows_leaves_the_gradient_finite():
+    targets = split(views_and_masks(1)[3])[0]  # of one image: each place is such
+    q, k = torch.randn(1, 24, 8, requires_grad=True), torch.randn(1, 24, 8)
+    loss, _ = info_nce(centred(q, targets, 64), centred(k, targets, 64), 0.2)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(24)) and q.grad.abs().max() < 1e-3
 
 
 def test_norm_pix_changes_the_target_to_mean_0_and_variance_1():

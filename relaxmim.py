@@ -22,7 +22,7 @@ So T is the mask, the measurement is the decoder with its loss, and what is lear
 through occlusion. The argument is that of Kong and Zhang (arXiv 2208.04164, CVPR 2023); every
 setting here is ours. This file is the whole method, and each piece stands alone: take it.
 
-    python relaxmim.py --loss infonce --num-images 1      one embedded image: 2.5 minutes, 2 cores
+    python relaxmim.py --loss infonce --num-images 1      one embedded image: 2 minutes, 2 cores
     python relaxmim.py --loss mae --data cifar10          or a folder, or one photograph
     python relaxmim.py --transform crop                   (1) with T = crop and colour, to compare
 """
@@ -95,7 +95,7 @@ class Config:
     data_dir: str = option("data", "where torchvision's sets are kept")
     cache_gb: float = option(1.0, "a folder larger than this is streamed, GiB", 0.0, 1e6)
     workers: int = option(2, "processes that read files", 0, 256)
-    steps: int = option(400, "optimizer steps", 1, 10**9)
+    steps: int = option(300, "optimizer steps", 1, 10**9)
     batch_size: int = option(128, "images per step", 2, 10**6)
     lr: float = option(1.5e-3, "peak learning rate", 1e-12, 10.0)
     weight_decay: float = option(0.05, "decay of matrices", 0.0, 10.0)

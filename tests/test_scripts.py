@@ -194,7 +194,7 @@ def test_occlusion_is_deterministic_and_fills_differ(chain):
 def test_training_lowers_the_loss_and_raises_invariance(loss, tmp_path):
     options = {"num_images": 256, "steps": 60, "batch_size": 64, "lr": 2e-3}
     if loss == "infonce":  # a batch of crops of one image is enough
-        options = {"num_images": 1, "steps": 120, "batch_size": 64}
+        options = {"num_images": 1, "steps": 60, "batch_size": 64}
     train(Config(loss=loss, out=str(tmp_path), **options))
     log = read_log(tmp_path)
     assert [line["step"] for line in log] == [1, *range(20, options["steps"] + 1, 20)]

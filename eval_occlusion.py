@@ -252,8 +252,9 @@ def evaluate(config, ratios, shapes, device):
     config.img_size, config.in_chans = known["img_size"], known["in_chans"]
     data = mim.open_data(config, train=False)
     data.scale = data.scale if scale is None else scale
-    classes, n = sorted(set(class_names(data))), config.num_images or len(data)
-    data = choose(data, np.random.default_rng([config.seed, 1]).permutation(len(data))[:n])
+    classes = sorted({*class_names(data)})
+    order = np.random.default_rng([config.seed, 1]).permutation(len(data))
+    data = choose(data, order[: config.num_images or None])
     labels = torch.tensor([classes.index(name) for name in class_names(data)])
     heads = {k: (m, c["img_size"]) for k, (m, c, _) in opened.items() if isinstance(m, Classifier)}
     bare = {k: (m, c["img_size"]) for k, (m, c, _) in opened.items() if k not in heads}
@@ -286,7 +287,7 @@ def evaluate(config, ratios, shapes, device):
             cells = [f"{100 * value:.1f}±{100 * std:.1f}" for value, std in found]
             rows.append([name, *cells, f"{100 * level:.1f}", f"{kept:.0%}"])
         if heads:
-            print(f"\naccuracy in %, patches hidden: {shape}, fill: {config.fill}, {n} images")
+            print(f"\naccuracy in %, hidden: {shape}, fill: {config.fill}, {len(data)} images")
             print_table(["checkpoint", *shown, "area", "kept"], rows)
             result["accuracy"][shape] = curves
         for name, (model, size) in bare.items():

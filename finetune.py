@@ -61,7 +61,7 @@ class Config:
     cutmix: float = mim.option(0.0, "alpha of CutMix; 0: off", 0.0, 100.0)
     smallest_crop: float = mim.option(0.5, "smallest area of a training crop", 0.01, 1.0)
     seed: int = mim.option(0, "of all that is random", 0, 2**31)
-    out: str = mim.option("", "folder of the run; empty: runs/finetune-CHECKPOINT")
+    out: str = mim.option("", "folder of the run; empty: runs/finetune-RUN-on-DATA")
     resume: bool = mim.option(False, "go on with the run in that folder")
     save_every: int = mim.option(500, "steps between checkpoints", 1, 10**9)
     device: str = mim.option("auto", "auto, cpu, cuda or mps")

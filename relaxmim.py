@@ -585,7 +585,7 @@ class RelaxMIM(nn.Module):
             figures = {"feature_std": spread(z1[:, 1:].mean(1))}
         if c.loss == "infonce":
             if c.transform == "mask":
-                with torch.no_grad():  # else tokens grow easy to tell apart and useless: see README
+                with torch.no_grad():  # with a gradient: a short cut, 39.9 %, not 51.0 %
                     z2 = self.encoder(view2, mask2, self.hidden2)[:, 1:]  # f(x (1-M)): (B, K, D)
                 q, k = (centred(tokens, targets, mask2.shape[1]) for tokens in (d1, z2))
             loss, accuracy = info_nce(q, k, c.temperature)
@@ -603,9 +603,8 @@ class RelaxMIM(nn.Module):
 def centred(tokens, targets, N):
     """Tokens (B, K, D) of the places `targets` (B, K) without their batch's mean at each of N.
 
-    That mean gives a place away: of k it would be the answer. A constant part of q, which an
-    unlucky initialisation has, would make the encoder shrink its features to be rid of it (one
-    photograph, seed 1: loss 3.08 after 500 steps of 3.18 at chance; 1.72 without that part).
+    Of k that mean would be the answer. Of q, in which an unlucky initialisation makes it large, the
+    encoder would shrink its features to be rid.
     """
     x = F.pad(tokens.float(), (0, 1), value=1.0).flatten(0, 1)  # the last column counts
     sums = x.new_zeros(N, x.shape[1]).index_add(0, targets.flatten(), x)

@@ -601,14 +601,12 @@ class RelaxMIM(nn.Module):
 
 
 def centred(tokens, targets, N):
-    """Tokens (B, K, D) of the places `targets` (B, K) without what an image or place shares.
+    """Tokens (B, K, D) of the places `targets` (B, K) without their batch's mean at each of N.
 
-    The mean of each image's tokens goes first, which can't tell its places apart, then the batch's
-    mean at each of N places. Of k the latter would be the answer; of q, where an unlucky
-    initialisation makes both large, the encoder would shrink its features to be rid of them.
+    Of k that mean would be the answer. Of q, in which an unlucky initialisation makes it large, the
+    encoder would shrink its features to be rid.
     """
-    tokens = tokens.float() - tokens.float().mean(1, keepdim=True)
-    x = F.pad(tokens, (0, 1), value=1.0).flatten(0, 1)  # the last column counts
+    x = F.pad(tokens.float(), (0, 1), value=1.0).flatten(0, 1)  # the last column counts
     sums = x.new_zeros(N, x.shape[1]).index_add(0, targets.flatten(), x)
     sums = gather(sums[None]).sum(0)  # (N, D + 1)
     return tokens - (sums[:, :-1] / sums[:, -1:].clamp(min=1))[targets]

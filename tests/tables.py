@@ -29,14 +29,15 @@ def row_name(result):
     start = result.get("pretraining")
     if not start:
         return f"from scratch, {result['steps']} steps"
-    count = f"{start['num_images']} images of " if start["num_images"] else ""
+    count = f"{start['num_images']:,} of " if start["num_images"] else ""
     name = "crop" if start["transform"] == "crop" else start["loss"]
     return f"{name}, {count}{Path(start['data']).name}, {start['steps']} steps"
 
 
 def spread(values):
     values = [100 * value for value in values]
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if values[1:] else 0:.1f}"
+    deviation = f" ± {statistics.stdev(values):.1f}" if values[1:] else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
 
 
 def occlusion_tables(content):

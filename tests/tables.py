@@ -62,7 +62,7 @@ def occlusion_tables(content):
 
 
 def main(paths):
-    if paths[0].endswith("occlusion.json"):
+    if paths[0].endswith(".json"):
         occlusion_tables(json.loads(Path(paths[0]).read_text()))
         return
     if Path(paths[0]).is_dir():

@@ -7,7 +7,7 @@
 
     python eval_occlusion.py runs/finetune-A runs/finetune-B   accuracy of classifiers, side by side
     python eval_occlusion.py runs/infonce-synthetic-1          features of an encoder without a head
-    python eval_occlusion.py runs/finetune-A --fill swap         hidden behind other images' patches
+    python eval_occlusion.py runs/finetune-A --fill swap       hidden behind other images' patches
 
 Patches are hidden at random, in one block, or from the centre outwards. Every checkpoint sees the
 same images behind the same masks. What is written: occlusion.json with all figures, occlusion.png

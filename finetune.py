@@ -6,7 +6,7 @@
 """Fine-tune what relaxmim.py has pretrained, probe it with a linear head, or train from scratch.
 
     python finetune.py runs/infonce-synthetic-1              all weights, from a run or a checkpoint
-    python finetune.py                                 from scratch, by the same recipe
+    python finetune.py                                       from scratch, by the same recipe
     python finetune.py runs/mae-cifar10 --linear-probe       a linear head on the frozen encoder
     python finetune.py runs/mae-cifar10 --data cifar10 --num-labels 10000
 

@@ -605,7 +605,7 @@ def centred(tokens, targets, N):
     """Tokens (B, K, D) of the places `targets` (B, K) without their batch's mean at each of N.
 
     Of k that mean would be the answer. Of q, in which an unlucky initialisation makes it large, the
-    encoder would shrink its features to be rid.
+    encoder would shrink its features to be rid of it.
     """
     x = F.pad(tokens.float(), (0, 1), value=1.0).flatten(0, 1)  # the last column counts
     sums = x.new_zeros(N, x.shape[1]).index_add(0, targets.flatten(), x)

@@ -1,7 +1,8 @@
-"""The README's table from finished runs: mean and standard deviation over seeds, a row a setting.
+"""The README's tables from finished runs: mean and standard deviation over seeds, a row a setting.
 
 python tests/tables.py runs/finetune-* > results.jsonl    one JSON line a run, with its settings
 python tests/tables.py results.jsonl                      the table of such a file
+python tests/tables.py occlusion.json                     the tables of what eval_occlusion.py wrote
 """
 
 import json

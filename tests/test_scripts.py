@@ -25,6 +25,7 @@ import relaxmim
 from finetune import Config as FinetuneConfig
 from finetune import class_names, open_parts
 from relaxmim import Config, open_data, train
+from tests import tables
 
 ROOT = Path(__file__).parents[1]
 
@@ -912,3 +913,44 @@ def test_help_is_short_and_complete(module, capsys):
     for option in dataclasses.fields(module.Config):
         name = option.name if option.type is tuple else "--" + option.name.replace("_", "-")
         assert name in text and f"[{option.default}]" in re.sub(r"\s*\n\s*", " ", text)
+
+
+def test_tables_are_the_mean_and_deviation_over_seeds_of_each_setting(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    start = {"loss": "mae", "transform": "mask", "data": "set", "num_images": 1000}
+    start |= {"steps": 4, "batch_size": 30}
+    lines = [{"images_per_s": rate} for rate in (0.0, 1.0, 100.0)]  # the median counts: 2 minutes
+    for name, found in {
+        "mae-0/config.json": start,
+        "ft-mae-0/result.json": {"test_accuracy": 0.4},
+        "ft-mae-1/result.json": {"test_accuracy": 0.5},
+        "ft-scratch/result.json": {"test_accuracy": 0.3, "checkpoint": []},
+        "probe/result.json": {"test_accuracy": 0.2, "linear_probe": True},
+    }.items():
+        if name.startswith(("ft", "probe")):
+            settings = {"steps": 9, "minutes": 5.0, "checkpoint": ["mae-0"], "linear_probe": False}
+            found = {**settings, "test_accuracy_of_neighbours": 0.25, **found}
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(json.dumps(found))
+    Path("mae-0/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tables.main(["ft-mae-0", "ft-mae-1", "ft-scratch", "probe"])
+    Path("all.jsonl").write_text(capsys.readouterr().out)
+    tables.main(["all.jsonl"])
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| mae, 1,000 of set, 4 steps | 45.0 ± 7.1 | 2 | 7 |",
+        "| from scratch, 9 steps | 30.0 | 1 | 5 |",
+        "| mae, 1,000 of set, 4 steps, linear probe / nearest neighbours | 20.0 / 25.0 | 1 | 7 |",
+    ]
+    curves = {
+        f"mae-{i}": {"accuracy": [[a, 0.0]], "area": a, "kept": 1.0}
+        for i, a in ((0, 0.4), (1, 0.5))
+    }
+    cues = {"mae-0": {"shape": 2, "texture": 3}, "mae-1": {"shape": 1, "texture": 2}}
+    found = {"ratios": [0.5], "accuracy": {"block": curves}, "cue_conflict": cues}
+    Path("occlusion.json").write_text(json.dumps(found))
+    tables.main(["occlusion.json"])
+    out = capsys.readouterr().out.splitlines()
+    assert "| mae | 45.0 ± 7.1 | 45.0 ± 7.1 | 100.0 ± 0.0 |" in out
+    assert out[-1] == "mae: shape 3, texture 5: 38%"

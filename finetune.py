@@ -219,9 +219,8 @@ def train(config, source):
     mixes = [v2.MixUp(alpha=config.mixup, num_classes=n)] if config.mixup else []
     mixes += [v2.CutMix(alpha=config.cutmix, num_classes=n)] if config.cutmix else []
     mix = v2.RandomChoice(mixes) if mixes and not config.linear_probe else v2.Identity()
-    if device.startswith("cuda"):
-        model.compile()
-    net = nn.parallel.DistributedDataParallel(model) if mim.WORLD > 1 else model
+    net = torch.compile(model) if device.startswith("cuda") else model  # not for the test images
+    net = nn.parallel.DistributedDataParallel(net) if mim.WORLD > 1 else net
 
     def forward(index, pixels):
         model.train()

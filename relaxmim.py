@@ -704,12 +704,12 @@ def pick_device(config):
     best = torch.accelerator.current_accelerator(True) or torch.device("cpu")
     device = best.type if config.device == "auto" else config.device
     with blame(f"--device {device}: not to be had here; auto takes what is"):
+        if WORLD > 1 and device == "cuda":  # each process its own, before any touches the first
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         probe = torch.zeros(1, device=device)
         kind, _ = probe.device.type, probe.item()  # "meta" would have no values
     if WORLD > 1 and not distributed.is_initialized():
         distributed.init_process_group()  # nccl for tensors on CUDA, gloo on the CPU
-        if kind == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     native = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
     native = torch.cuda.is_bf16_supported(False) if kind == "cuda" else native and kind == "cpu"
     low = native if config.precision == "auto" else config.precision == "bfloat16"
@@ -764,11 +764,18 @@ def encoder_weights(content, grid):
     return {**weights, "pos_embed": torch.cat([pos[:, :1], table], dim=1)}
 
 
+def on_cpu(x):
+    """Tensors, in dicts and lists of any depth, on the CPU: to be opened where there is no GPU."""
+    if isinstance(x, dict):
+        return {key: on_cpu(value) for key, value in x.items()}
+    return list(map(on_cpu, x)) if isinstance(x, list) else x.cpu() if torch.is_tensor(x) else x
+
+
 def save_checkpoint(folder, content):
     """Written beside, flushed to the disk, then renamed: a crash leaves the old or the new one."""
     with blame(f"--out {folder}: step {content['step']} not saved, the last checkpoint stays"):
         with open(folder / "checkpoint.tmp", "wb") as file:
-            torch.save(content, file)
+            torch.save(on_cpu(content), file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(file.name, folder / "checkpoint.pt")

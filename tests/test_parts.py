@@ -570,6 +570,24 @@ def test_a_training_step_makes_no_tensor_on_the_wrong_device(loss):
             assert devices == {"cuda:0"}
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("loss", ["mae", "relax", "infonce", "crop"])
+def test_a_gpu_gives_the_loss_and_the_gradients_that_the_cpu_gives(loss):
+    torch.manual_seed(0)
+    config = Config(loss="infonce", transform="crop") if loss == "crop" else Config(loss=loss)
+    model, images = RelaxMIM(config), torch.randn(2, 8, 3, 32, 32)
+    mask = random_mask(8, (8, 8), 0.75)
+    mask2 = hide(torch.rand(8, 64) + mask, model.hidden2 / 64)
+    found = []
+    for device in ("cpu", "cuda"):
+        model.zero_grad()
+        value, _ = model.to(device)(*(x.to(device) for x in (*images, mask, mask2)))
+        value.backward()
+        found.append([value.detach().cpu(), *(p.grad.cpu() for p in model.parameters())])
+    for ours, theirs in zip(*found):
+        assert (ours - theirs).norm() < 1e-3 * ours.norm() + 1e-6
+
+
 def test_sizes_are_the_field_s():
     assert SIZES["tiny"] == (192, 12, 3) and SIZES["base"] == (768, 12, 12)
     with pytest.raises(ValueError, match="do not divide"):

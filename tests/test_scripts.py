@@ -300,6 +300,23 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bits(case, photos, tmp_pa
     assert logged == [1, *range(20, steps, 20), steps]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_a_gpu_trained_goes_on_and_opens_without_one(tmp_path):
+    command = ["--num-images", 2, "--batch-size", 16, "--device", "cuda", "--out", "run"]
+    assert "on cuda" in within(tmp_path, relaxmim.main, *command, "--steps", 3)
+    within(tmp_path, relaxmim.main, *command, "--steps", 5, "--resume")
+    assert [line["step"] for line in read_log(tmp_path / "run")] == [1, 3, 5]
+    content = torch.load(tmp_path / "run" / "checkpoint.pt")
+    tensors = [*content["encoder"].values()]
+    tensors += [x for state in content["optimizer"]["state"].values() for x in state.values()]
+    assert {x.device.type for x in tensors} == {"cpu"}
+    for probe in ([], ["--linear-probe"]):
+        labels = ["--num-labels", 64, "--batch-size", 16, "--steps", 2, "--device", "cuda"]
+        within(tmp_path, finetune.main, "run", *labels, *probe, "--out", f"tuned{len(probe)}")
+    seen = within(tmp_path, eval_occlusion.main, "tuned0", "run", "--num-images", 64)
+    assert "random initialisation" in seen and "kept" in seen
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, mistake):
     saves, save = [], torch.save
 

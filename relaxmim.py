@@ -887,9 +887,8 @@ def train(config):
             model.encoder.load_state_dict(encoder_weights(source, model.encoder.grid))
     groups = decay_groups(list(model.parameters()), config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
-    if device.startswith("cuda"):
-        model.compile()
-    net = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+    net = torch.compile(model) if device.startswith("cuda") else model
+    net = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
     jitter = v2.Compose([v2.ColorJitter(0.4, 0.4, 0.4, 0.1), v2.RandomGrayscale(0.2)])
 
     def augment(pixels, u):

@@ -27,6 +27,7 @@ from relaxmim import (
     invariance,
     learning_rate,
     mae_loss,
+    on_cpu,
     patchify,
     random_crops,
     random_mask,
@@ -568,6 +569,18 @@ def test_a_training_step_makes_no_tensor_on_the_wrong_device(loss):
             tensors = [images, mask, mask2, value, *figures.values()]
             devices = {str(t.device) for t in tensors if isinstance(t, torch.Tensor)}
             assert devices == {"cuda:0"}
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"a": [1, x]}, lambda x: [{0: {"b": x}}]])
+def test_every_tensor_of_a_checkpoint_is_brought_to_the_cpu(wrap):
+    with pytest.raises(NotImplementedError, match="meta"):  # which alone cannot be brought there
+        on_cpu(wrap(torch.zeros(2, device="meta")))
+    x = torch.ones(2)
+    assert on_cpu({"x": [x], "betas": (0.9, 0.95), "step": 3}) == {
+        "x": [x],
+        "betas": (0.9, 0.95),
+        "step": 3,
+    }
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -72,14 +72,16 @@ def main(paths):
     lines = [line for path in paths for line in Path(path).read_text().splitlines()]
     rows = {}
     for result in map(json.loads, lines):
-        rows.setdefault((row_name(result), result["linear_probe"]), []).append(result)
+        part = "validation" if result["validate"] else "test"
+        rows.setdefault((row_name(result), part, result["linear_probe"]), []).append(result)
     print("| start | accuracy, % | seeds | minutes |\n|---|---|---|---|")
-    for (name, probe), found in rows.items():
+    for (name, part, probe), found in rows.items():
         minutes = [r["minutes"] + r.get("pretraining_minutes", 0) for r in found]
-        cells = [spread([r["test_accuracy"] for r in found])]
+        cells = [spread([r[f"{part}_accuracy"] for r in found])]
+        name += ", held out" if part == "validation" else ""
         if probe:
             name += ", linear probe / nearest neighbours"
-            cells += [spread([r["test_accuracy_of_neighbours"] for r in found])]
+            cells += [spread([r[f"{part}_accuracy_of_neighbours"] for r in found])]
         print(f"| {name} | {' / '.join(cells)} | {len(found)} | {statistics.mean(minutes):.0f} |")
 
 

@@ -18,7 +18,7 @@ and features-by-block.png of how alike clean and occluded features are after eac
 import json
 import re
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -86,18 +86,18 @@ def look(model, images, mask, fill):
     return model(occlude(images, mask, model.patch_size, fill))
 
 
-def open_model(path, device):
+def open_model(path, device, trained=True):
     """A checkpoint's Classifier, or its ViT where it has no head; its configuration; its scale."""
     content = mim.load_checkpoint(path)
     config, weights = {"in_chans": 3, **content["config"]}, content["encoder"]
     with mim.blame(f"{path}: its weights do not fit its config"):
         size = mim.sides(config["img_size"]), config["patch_size"], config["in_chans"]
-        kind, size, options = mim.ViT, (*size, *mim.SIZES[config["model"]]), {}
+        kind, options = mim.ViT, {}
         if "head.weight" in weights:
             options = {"num_classes": len(weights["head.weight"]), "probe": config["linear_probe"]}
             kind = Classifier
-        model = kind(*size, **options)
-        model.load_state_dict(weights)
+        model = kind(*size, *mim.SIZES[config["model"]], **options)
+        model.load_state_dict(weights if trained else model.state_dict())
     return model.eval().to(device), config, content.get("scale")
 
 
@@ -218,12 +218,11 @@ def cue_conflict(model, folder, classes, img_size, device):
             cues[str(path)] = [known.index(name) for name in cue]
     if not cues:
         mim.fail(f"--cue-conflict {folder}: no SHAPEn-TEXTUREm.png of two of {', '.join(classes)}")
-    guess = []
     every = BatchSampler(range(len(cues)), 250, drop_last=False)
     data = mim.Images(list(cues), None, tuple(4 * n for n in mim.sides(img_size)[::-1]))
-    for _, pixels in data.batches(every, device):
-        guess.append(model(whole(data, pixels, img_size)).argmax(1).cpu())
-    hits = (torch.cat(guess)[:, None] == torch.tensor(list(cues.values()))).sum(0).tolist()
+    seen = (whole(data, pixels, img_size) for _, pixels in data.batches(every, device))
+    guess = torch.cat([model(images).argmax(1).cpu() for images in seen])
+    hits = (guess[:, None] == torch.tensor(list(cues.values()))).sum(0).tolist()
     return len(cues), *hits
 
 
@@ -247,29 +246,30 @@ def evaluate(config, ratios, shapes, device):
     names = [path.parent.name if path.name == "checkpoint.pt" else path.name for path in paths]
     names = [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]
     opened = dict(zip(names, (open_model(path, device) for path in paths)))
-    first, known, scale = opened[names[0]]
-    config.data = config.data or known.get("data", "synthetic")
-    config.img_size, config.in_chans = known["img_size"], known["in_chans"]
+    known = opened[names[0]][1]
+    config.data, config.in_chans = config.data or known.get("data", "synthetic"), known["in_chans"]
+    sizes = [c["img_size"] for _, c, _ in opened.values()]
+    config.img_size = max(sizes, key=lambda size: np.prod(mim.sides(size)))  # for the largest
     data = mim.open_data(config, train=False)
-    data.scale = data.scale if scale is None else scale
     classes = sorted({*class_names(data)})
     order = np.random.default_rng([config.seed, 1]).permutation(len(data))
     data = choose(data, order[: config.num_images or None])
     labels = torch.tensor([classes.index(name) for name in class_names(data)])
-    heads = {k: (m, c["img_size"]) for k, (m, c, _) in opened.items() if isinstance(m, Classifier)}
-    bare = {k: (m, c["img_size"]) for k, (m, c, _) in opened.items() if k not in heads}
-    if bare:  # what features are alike without any training
-        mim.set_seed(config.seed, 0)
-        c = opened[next(iter(bare))][1]
-        size = mim.sides(c["img_size"]), c["patch_size"], c["in_chans"]
-        blank = mim.ViT(*size, *mim.SIZES[c["model"]])
-        bare["random initialisation"] = blank.eval().to(device), c["img_size"]
-    for name, (_, c, _) in opened.items():
+    heads, bare = {}, {}  # name: model, the size of its images, these in its scale
+    for name, (model, c, scale) in opened.items():
+        seen = model, c["img_size"], replace(data, scale=data.scale if scale is None else scale)
+        (heads if isinstance(model, Classifier) else bare)[name] = seen
         if c["in_chans"] != config.in_chans:
             mim.fail(f"{name}: takes {c['in_chans']} channels, {names[0]} {config.in_chans}")
-    for name, (model, _) in heads.items():
-        if (count := model.head.out_features) != len(classes):
+        if name in heads and (count := model.head.out_features) != len(classes):
             mim.fail(f"--data {config.data}: {len(classes)} classes; {name} has {count}")
+    if bare and len(data) < 2:
+        mim.fail(f"--data {config.data}: one image; features want a set or a folder of more")
+    if bare:  # what features are alike without any training
+        mim.set_seed(config.seed, 0)
+        name, (_, *seen) = next(iter(bare.items()))
+        blank = open_model(paths[names.index(name)], device, trained=False)[0]
+        bare["random initialisation"] = blank, *seen
     if config.cue_conflict and (not heads or config.in_chans != 3):
         mim.fail(f"--cue-conflict {config.cue_conflict}: needs a checkpoint with a head, for RGB")
     with mim.blame(f"--out {folder}"):
@@ -279,7 +279,7 @@ def evaluate(config, ratios, shapes, device):
     result |= {"accuracy": {}, "features": {}, "cue_conflict": {}}
     for shape in shapes:
         curves, rows, shown = {}, [], [f"{ratio:.0%}" for ratio in ratios]
-        for name, (model, size) in heads.items():
+        for name, (model, size, data) in heads.items():
             found = accuracies(config, model, data, labels, size, shape, ratios, device)
             level = area(ratios, [value for value, _ in found])
             kept = level / found[0][0] if found[0][0] else 0.0
@@ -290,7 +290,7 @@ def evaluate(config, ratios, shapes, device):
             print(f"\naccuracy in %, hidden: {shape}, fill: {config.fill}, {len(data)} images")
             print_table(["checkpoint", *shown, "area", "kept"], rows)
             result["accuracy"][shape] = curves
-        for name, (model, size) in bare.items():
+        for name, (model, size, data) in bare.items():
             found = alignment(config, model, data, size, shape, ratios, device)
             result["features"].setdefault(shape, {})[name] = found
             print(f"\n{name}: clean against occluded features, cosine / CKA, hidden: {shape}")
@@ -299,7 +299,7 @@ def evaluate(config, ratios, shapes, device):
             print_table(["after", *shown], rows)
     if config.cue_conflict:
         rows = []
-        for name, (model, size) in heads.items():
+        for name, (model, size, _) in heads.items():
             count, shape, texture = cue_conflict(model, config.cue_conflict, classes, size, device)
             low, high = interval(shape, shape + texture)
             found = {"images": count, "shape": shape, "texture": texture, "interval": [low, high]}
@@ -309,8 +309,9 @@ def evaluate(config, ratios, shapes, device):
         print("\nanswers to images of one class's shape in another's texture")
         print_table(["checkpoint", "images", "shape", "texture", "shape bias (95 %)"], rows)
 
-    _, images = next(batches(config, data, config.img_size, device))
-    draw(config, first, images[:8], data.scale, shapes, ratios, folder / "occlusion.png")
+    model, size, data = {**heads, **bare}[names[0]]
+    _, images = next(batches(config, data, size, device))
+    draw(config, model, images[:8], data.scale, shapes, ratios, folder / "occlusion.png")
     if heads:
         found = result["accuracy"].items()
         panels = {shape: {k: v["accuracy"] for k, v in curves.items()} for shape, curves in found}
@@ -338,9 +339,8 @@ def main(args):
     if ratios != sorted(set(ratios)) or not all(0 <= ratio < 1 for ratio in ratios):
         mim.fail(f"--ratios {config.ratios}: rising numbers from 0 to below 1, with commas")
     shapes = config.shapes.split(",")
-    for shape in shapes:
-        if shape not in SHAPES:
-            mim.fail(f"--shapes {shape}: choose from {', '.join(SHAPES)}, with commas")
+    if unknown := [shape for shape in shapes if shape not in SHAPES]:
+        mim.fail(f"--shapes {unknown[0]}: choose from {', '.join(SHAPES)}, with commas")
     device, autocast = mim.pick_device(config)
     with autocast:
         evaluate(config, ratios, shapes, device)

@@ -105,9 +105,10 @@ def build(config, source, num_classes):
         if not source:
             return model
         weights = mim.encoder_weights(source, model.grid)
-        head = weights.get("head.weight")
-        if head is None or head.shape != model.head.weight.shape:  # of other classes: left out
-            weights = {k: v for k, v in weights.items() if not k.startswith("head.")}
+        head, probed = weights.get("head.weight"), "fc_norm.running_mean" in weights
+        other = head is None or head.shape != model.head.weight.shape  # of other classes
+        if other or probed != config.linear_probe:  # or after another norm: left out
+            weights = {k: v for k, v in weights.items() if not k.startswith(("head.", "fc_norm."))}
         missing, extra = model.load_state_dict(weights, strict=False)
         missing = [k for k in missing if not k.startswith(("head", "fc_norm"))]
         extra = [k for k in extra if not k.startswith("norm.")]  # replaced by fc_norm
@@ -267,9 +268,7 @@ def main(args):
         setattr(config, name, getattr(config, name) or known[name])
     mim.patch_grid(config)
     folder = Path(config.data)
-    if folder.exists() and not all(
-        any((folder / part).is_dir() for part in parts) for parts in (["train"], ["test", "val"])
-    ):
+    if config.data not in mim.SETS and folder.exists() and not (folder / "train").is_dir():
         mim.fail(f"--data {folder}: takes a folder of train/CLASS/ and test/CLASS/ or val/CLASS/")
     path = Path(config.checkpoint[0]) if source else Path("scratch")
     stem = (path.parent if path.name == "checkpoint.pt" else path).name

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as tv
 
-from finetune import Classifier, layer_groups
+from eval_occlusion import centre_mask, cka, cosine, occlude
+from finetune import Classifier, accuracy, layer_groups
 from finetune import Config as FinetuneConfig
 from relaxmim import (
     MASKS,
@@ -618,3 +619,63 @@ def test_the_learning_rate_falls_from_the_head_down():
         layer = int(name.split(".")[1]) + 1 if name.startswith("blocks") else layer
         decay = 0.05 if parameter.ndim > 1 else 0.0
         assert rates[id(parameter)] == (0.5 ** (3 - layer), decay)
+
+
+def test_cka_against_centred_gram_matrices_and_cosine_by_hand():
+    a, b = torch.randn(20, 6), torch.randn(20, 9)
+    b[:, :6] += a
+    grams = [(x - x.mean(0)) @ (x - x.mean(0)).T for x in (a, b)]
+    expected = (grams[0] * grams[1]).sum() / (grams[0].norm() * grams[1].norm())
+    assert 0.1 < expected < 0.9 and cka(a, b) == pytest.approx(expected.item(), abs=1e-5)
+    turned = 3 * a @ torch.linalg.qr(torch.randn(6, 6))[0] + 5
+    assert cka(a, turned) == pytest.approx(1.0, abs=1e-5)
+    assert cosine(a, a) == pytest.approx(1.0, abs=1e-5)
+    one, other = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.tensor([[0.0, 1.0], [0.0, -1.0]])
+    assert cosine(one, other) == pytest.approx(0.0, abs=1e-6)
+    assert cosine(one + 7, other + 7) == pytest.approx(0.0, abs=1e-6)  # centred
+
+
+def test_accuracy_counts_the_images_whose_label_is_named():
+    class ByColour(torch.nn.Module):
+        def forward(self, images):
+            return images.mean((2, 3))
+
+    pixels = torch.zeros(300, 3, 4, 4, dtype=torch.uint8)
+    pixels[torch.arange(300), torch.arange(300) % 3] = 200
+    labels = torch.arange(300) % 3
+    labels[:30] = (labels[:30] + 1) % 3
+    data = Images([f"x/{i}" for i in range(300)], pixels)
+    assert accuracy(ByColour(), data, labels, "cpu", 4) == pytest.approx(0.9)
+
+
+def test_the_centre_is_hidden_first():
+    mask = centre_mask(3, (4, 4), 0.25).unflatten(1, (4, 4))
+    assert mask[:, 1:3, 1:3].all() and mask.sum() == 12
+
+
+def test_noise_and_grey_behind_the_mask_only():
+    images, mask = torch.randn(2, 3, 8, 8) + 9, torch.tensor([[True, False, False, True]] * 2)
+    for fill, std in (("noise", 1.0), ("mean", 0.0)):
+        patches = patchify(occlude(images, mask, 4, fill), 4)
+        assert patches[mask].std().item() == pytest.approx(std, abs=0.2)
+        assert abs(patches[mask].mean()) < 0.3
+        assert torch.equal(patches[~mask], patchify(images, 4)[~mask])
+
+
+def test_drop_path_rises_with_depth_and_acts_in_training_alone():
+    model = Classifier(8, 4, 3, 32, 3, 2, num_classes=5, drop_path=0.8)
+    assert [block.drop_path for block in model.blocks] == pytest.approx([0.0, 0.4, 0.8])
+    images = torch.randn(16, 3, 8, 8)
+    still = model.eval()(images)
+    assert torch.equal(still, model(images)) and not torch.allclose(still, model.train()(images))
+
+
+def test_the_temperature_asked_for_is_the_one_used():
+    losses = []
+    for temperature in (0.1, 1.0):
+        torch.manual_seed(0)
+        model = RelaxMIM(Config(img_size=16, temperature=temperature, decoder_depth=1))
+        mask = random_mask(4, (4, 4), 0.75)
+        other = hide(torch.rand(4, 16) + mask, model.hidden2 / 16)
+        losses.append(model(*[torch.randn(4, 3, 16, 16)] * 2, mask, other)[0].item())
+    assert abs(losses[0] - losses[1]) > 0.01

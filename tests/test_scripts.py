@@ -203,25 +203,39 @@ def test_training_lowers_the_loss_and_raises_invariance(loss, tmp_path):
     assert log[-1]["invariance"] > log[0]["invariance"] + 0.01
     assert log[-1]["invariance"] > log[-1]["different"] + 0.3
     assert log[-1]["feature_std"] > 0.1
+    assert loss != "relax" or log[-1]["output_std"] > 0.25
 
 
 def test_relax_collapses_without_its_constraint(tmp_path):
-    """With lambda = 0 both decoders may say nothing; with the constraint they may not."""
-    spread = {}
-    for weight in (0.0, 1.0):
-        out = str(tmp_path / str(weight))
-        options = {"num_images": 256, "steps": 40, "batch_size": 32, "lr": 2e-3}
-        train(Config("relax", relax_weight=weight, out=out, **options))
-        log = read_log(out)
-        spread[weight] = log[-1]["output_std"]
-        assert log[-1]["loss"] < log[0]["loss"]
-    assert spread[0.0] < 0.1 and spread[1.0] > 0.25
+    """With lambda = 0 both decoders may say nothing; above, with the constraint, they do not."""
+    options = {"num_images": 256, "steps": 40, "batch_size": 32, "lr": 2e-3}
+    train(Config("relax", relax_weight=0.0, out=str(tmp_path), **options))
+    log = read_log(tmp_path)
+    assert log[-1]["loss"] < log[0]["loss"] and log[-1]["output_std"] < 0.1
 
 
-def test_two_crops_are_conventional_contrastive_learning(tmp_path):
-    out = str(tmp_path / "run")
+def watched(monkeypatch):
+    """A list that takes up the views and masks of each step of pretraining."""
+    seen, forward = [], relaxmim.RelaxMIM.forward
+
+    def watch(self, *views):
+        seen.append(views)
+        return forward(self, *views)
+
+    monkeypatch.setattr(relaxmim.RelaxMIM, "forward", watch)
+    return seen
+
+
+def test_two_crops_are_conventional_contrastive_learning(tmp_path, monkeypatch):
+    seen, out = watched(monkeypatch), str(tmp_path / "run")
     train(Config(transform="crop", num_images=64, steps=20, batch_size=32, out=out))
     assert read_log(out)[-1]["loss"] < 3.4  # log(32) = 3.47
+    Image.new("RGB", (64, 64), (90, 120, 150)).save(tmp_path / "flat.png")
+    seen.clear()
+    options = {"data": str(tmp_path / "flat.png"), "steps": 1, "batch_size": 16}
+    train(Config(transform="crop", out=str(tmp_path / "flat"), **options))
+    view1, view2 = (view.mean((1, 2, 3)) for view in seen[0][:2])  # each crop in its own colours
+    assert view1.std() > 0.1 and (view1 - view2).abs().mean() > 0.1
 
 
 def test_two_processes_of_half_the_batch_are_one_of_the_whole(tmp_path):
@@ -347,26 +361,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, mistake)
     assert content["step"] == 2 and all(v.isfinite().all() for v in content["encoder"].values())
 
 
-def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
-    options = [
-        "--loss",
-        "mae",
-        "--num-images",
-        "4",
-        "--batch-size",
-        "4",
-        "--steps",
-        "100000",
-        "--out",
-        "run",
-    ]
-    command = [sys.executable, str(ROOT / "relaxmim.py"), *options]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+def test_sigterm_to_all_processes_of_a_streamed_run_saves_and_says_how_to_go_on(photos, tmp_path):
+    run = [sys.executable, ROOT / "relaxmim.py", "--loss", "mae", "--data", photos, "--cache-gb"]
+    run += [0, "--workers", 2, "--steps", 100000, "--batch-size", 8, "--out", tmp_path / "run"]
+    process = subprocess.Popen(
+        list(map(str, run)), stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     log = tmp_path / "run" / "log.jsonl"
     deadline = time.time() + 100
     while time.time() < deadline and not (log.exists() and log.read_text()):
         time.sleep(0.1)
-    process.terminate()
+    os.killpg(process.pid, signal.SIGTERM)  # the workers too, as a batch system does
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + 15 and "--resume" in out
     step = torch.load(tmp_path / "run" / "checkpoint.pt")["step"]
@@ -717,15 +722,9 @@ def test_signals_are_given_back(tmp_path):
 
 @pytest.mark.parametrize("mask", ["random", "block", "grid"])
 def test_in_training_view_2_shows_half_of_what_view_1_hides(mask, tmp_path, monkeypatch):
-    seen, forward = [], relaxmim.RelaxMIM.forward
-
-    def watched(self, view1, view2, mask1, mask2):
-        seen.append((mask1, mask2))
-        return forward(self, view1, view2, mask1, mask2)
-
-    monkeypatch.setattr(relaxmim.RelaxMIM, "forward", watched)
+    seen = watched(monkeypatch)
     train(Config("mae", mask=mask, num_images=4, batch_size=8, steps=1, out=str(tmp_path)))
-    ((mask1, mask2),) = seen
+    ((_, _, mask1, mask2),) = seen
     assert (mask1.sum(1) == 48).all() and ((~mask2).sum(1) == 24).all()
     assert not (~mask2 & ~mask1).any()
 
@@ -944,20 +943,23 @@ def test_tables_are_the_mean_and_deviation_over_seeds_of_each_setting(
         "ft-mae-0/result.json": {"test_accuracy": 0.4},
         "ft-mae-1/result.json": {"test_accuracy": 0.5},
         "ft-scratch/result.json": {"test_accuracy": 0.3, "checkpoint": []},
+        "ft-held/result.json": {"validation_accuracy": 0.6, "checkpoint": []},
         "probe/result.json": {"test_accuracy": 0.2, "linear_probe": True},
     }.items():
         if name.startswith(("ft", "probe")):
             settings = {"steps": 9, "minutes": 5.0, "checkpoint": ["mae-0"], "linear_probe": False}
+            settings["validate"] = "validation_accuracy" in found
             found = {**settings, "test_accuracy_of_neighbours": 0.25, **found}
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(json.dumps(found))
     Path("mae-0/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    tables.main(["ft-mae-0", "ft-mae-1", "ft-scratch", "probe"])
+    tables.main(["ft-mae-0", "ft-mae-1", "ft-scratch", "ft-held", "probe"])
     Path("all.jsonl").write_text(capsys.readouterr().out)
     tables.main(["all.jsonl"])
     assert capsys.readouterr().out.splitlines()[2:] == [
         "| mae, 1,000 of set, 4 steps | 45.0 ± 7.1 | 2 | 7 |",
         "| from scratch, 9 steps | 30.0 | 1 | 5 |",
+        "| from scratch, 9 steps, held out | 60.0 | 1 | 5 |",
         "| mae, 1,000 of set, 4 steps, linear probe / nearest neighbours | 20.0 / 25.0 | 1 | 7 |",
     ]
     curves = {
@@ -971,3 +973,125 @@ def test_tables_are_the_mean_and_deviation_over_seeds_of_each_setting(
     out = capsys.readouterr().out.splitlines()
     assert "| mae | 45.0 ± 7.1 | 45.0 ± 7.1 | 100.0 ± 0.0 |" in out
     assert out[-1] == "mae: shape 3, texture 5: 38%"
+
+
+def test_the_options_of_fine_tuning_reach_its_loss(photos, tmp_path, monkeypatch):
+    seen, loss, crops = [], finetune.F.cross_entropy, relaxmim.random_crops
+
+    def watch(logits, target, label_smoothing):
+        seen.append((target, label_smoothing))
+        return loss(logits, target, label_smoothing=label_smoothing)
+
+    def watch_crops(pixels, u, size, smallest):
+        seen.append(smallest)
+        return crops(pixels, u, size, smallest)
+
+    monkeypatch.setattr(finetune.F, "cross_entropy", watch)
+    monkeypatch.setattr(relaxmim, "random_crops", watch_crops)
+    tune = ("--data", photos, "--img-size", 16, "--steps", 1, "--smallest-crop", 0.3)
+    for mix in ("--mixup", "--cutmix"):
+        out = ("--out", mix[2:], "--label-smoothing", 0.25)
+        within(tmp_path, finetune.main, *tune, mix, 1, *out)
+        smallest, (target, smoothing) = seen
+        assert smallest == 0.3 and smoothing == 0.25
+        assert target.shape == (128, 3) and ((0 < target) & (target < 1)).any()
+        seen.clear()
+
+
+def test_a_checkpoint_is_judged_the_same_whichever_comes_first(tmp_path):
+    """Each by images of its own size and scale: a dark one, of another scale, beside a larger."""
+    pixels = np.random.default_rng(0).integers(0, 40, (40, 40), dtype=np.uint8)
+    for name in ("train/a", "train/b", "test/a", "test/b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(8):
+            image = Image.fromarray(np.roll(pixels, i, 0) + (20 * i if name[-1] == "a" else 0))
+            image.convert("L").save(tmp_path / "data" / name / f"{i}.png")
+    Image.fromarray(pixels).save(tmp_path / "dark.png")
+    grey = ("--in-chans", 1, "--steps", 3, "--batch-size", 8)
+    dark = ("--loss", "mae", "--data", "dark.png", "--img-size", 16, "--out", "dark")
+    within(tmp_path, relaxmim.main, *dark, *grey)
+    within(tmp_path, finetune.main, "dark", "--data", "data", "--out", "small", *grey)
+    large = ("--img-size", 32, "--out", "large")
+    within(tmp_path, finetune.main, "--data", "data", *large, *grey)
+    logits, forward = {}, finetune.Classifier.forward
+    for runs in (("small", "large"), ("large", "small")):
+        found = logits[runs] = {}
+
+        def watch(self, *args, found=found):
+            out = found[self.grid] = forward(self, *args)
+            return out
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(finetune.Classifier, "forward", watch)
+            out = ("--ratios", "0", "--shapes", "random", "--out", f"of-{runs[0]}")
+            within(tmp_path, eval_occlusion.main, *runs, *out)
+    one, two = logits.values()
+    assert one.keys() == two.keys() == {(4, 4), (8, 8)}
+    assert all(torch.equal(one[grid], two[grid]) for grid in one)
+
+
+def test_a_fine_tuned_probe_starts_from_its_encoder(chain):
+    cwd, _ = chain
+    run = "runs/probe-mae-synthetic-20-on-synthetic"
+    tune = ("--steps", 1, "--batch-size", 16, "--num-labels", 40, "--out", "runs/after-probe")
+    within(cwd, finetune.main, run, *tune, "--lr", 1e-9)
+    a, b = (torch.load(cwd / path / "checkpoint.pt")["encoder"] for path in (run, tune[-1]))
+    assert "norm.weight" in a and not [name for name in b if "running" in name]
+    torch.testing.assert_close(a["blocks.0.mlp.fc1.weight"], b["blocks.0.mlp.fc1.weight"])
+
+
+def test_what_was_killed_after_its_last_step_is_finished_by_resume(photos, tmp_path):
+    tune = ("--data", photos, "--img-size", 16, "--steps", 2, "--out", "run")
+    within(tmp_path, finetune.main, *tune)
+    first = json.loads((tmp_path / "run" / "result.json").read_text())
+    (tmp_path / "run" / "result.json").unlink()
+    within(tmp_path, finetune.main, *tune, "--resume")
+    again = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert again["test_accuracy"] == first["test_accuracy"]
+
+
+def test_what_stopped_before_its_first_checkpoint_is_no_hindrance(tmp_path, mistake):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("config.json", "log.jsonl", "images.txt", "checkpoint.tmp"):
+        (folder / name).write_text("half a li")
+    options = {"num_images": 4, "batch_size": 4, "steps": 1, "out": str(folder)}
+    train(Config("mae", **options))
+    assert len(read_log(folder)) == 1
+    (folder / "checkpoint.pt").unlink()
+    (folder / "mine.txt").write_text("kept")
+    mistake("not empty", train, Config("mae", **options))
+
+
+def test_folders_by_links_by_a_set_s_name_and_without_test(photos, tmp_path, mistake):
+    (tmp_path / "links" / "train").mkdir(parents=True)
+    (tmp_path / "links" / "train" / "a").symlink_to(photos / "train" / "a")
+    found = open_data(Config(data=str(tmp_path / "links"), img_size=16))
+    assert len(found) == 12
+    config = Config(data=str(tmp_path / "links"), img_size=16)
+    mistake("--data .*links: has train, but no test or val", open_data, config, False)
+    (tmp_path / "synthetic").mkdir()
+    tune = ("--steps", 1, "--batch-size", 4, "--num-labels", 8, "--validate", "--out", "run")
+    within(tmp_path, finetune.main, *tune)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["images"] == 500
+
+
+def test_a_lone_photograph_is_kept_however_large(photos):
+    photo = str(photos / "train" / "a" / "3.png")
+    assert open_data(Config(data=photo, img_size=16, cache_gb=0.0)).pixels is not None
+
+
+def test_no_memory_is_one_line(tmp_path, monkeypatch, mistake):
+    def no_memory(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(relaxmim, "mae_loss", no_memory)
+    config = Config("mae", num_images=4, batch_size=4, steps=1, out=str(tmp_path / "run"))
+    mistake("--batch-size 4.*lower one.*2.00 GiB", train, config)
+
+
+def test_features_of_one_photograph_are_refused(photos, tmp_path, mistake):
+    photo = str(photos / "train" / "a" / "3.png")
+    options = {"steps": 1, "batch_size": 4, "img_size": "16", "out": str(tmp_path / "run")}
+    train(Config("mae", data=photo, **options))
+    mistake("--data .*one image", eval_occlusion.main, [str(tmp_path / "run")])

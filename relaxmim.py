@@ -621,7 +621,8 @@ def centred(tokens, targets, N):
     x = F.pad(tokens.float(), (0, 1), value=1.0).flatten(0, 1)  # the last column counts
     sums = x.new_zeros(N, x.shape[1]).index_add(0, targets.flatten(), x)
     sums = gather(sums[None]).sum(0)  # (N, D + 1)
-    return tokens - (sums[:, :-1] / sums[:, -1:].clamp(min=1))[targets]
+    # embedding() adds up its gradient in order; that of [targets] would differ from run to run
+    return tokens - F.embedding(targets, sums[:, :-1] / sums[:, -1:].clamp(min=1))
 
 
 def spread(features):

@@ -679,3 +679,13 @@ def test_the_temperature_asked_for_is_the_one_used():
         other = hide(torch.rand(4, 16) + mask, model.hidden2 / 16)
         losses.append(model(*[torch.randn(4, 3, 16, 16)] * 2, mask, other)[0].item())
     assert abs(losses[0] - losses[1]) > 0.01
+
+
+def test_the_gradient_of_centred_tokens_is_the_same_bits_each_time():
+    tokens, targets = torch.randn(128, 24, 128), torch.rand(128, 64).argsort(1)[:, :24]
+    weights, grads = torch.randn_like(tokens), []
+    for _ in range(5):
+        x = tokens.clone().requires_grad_()
+        (centred(x, targets, 64) * weights).sum().backward()
+        grads.append(x.grad)
+    assert all(torch.equal(grads[0], grad) for grad in grads)

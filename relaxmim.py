@@ -116,7 +116,7 @@ def fail(message):
 
 @contextmanager
 def blame(what, kind=Exception):
-    """Make of an error inside, whatever a library raises, one line that begins with `what`."""
+    """Make of an error inside, of that kind, one line that begins with `what`, and end."""
     try:
         yield
     except pickle.UnpicklingError:
@@ -277,7 +277,7 @@ def open_data(config, train=True, count=0):
     else:  # a photograph, or a folder: of train/CLASS and test/CLASS, or of any depth
         parts = [Path(data, part) for part in (["train"] if train else ["test", "val"])]
         root = next(filter(Path.is_dir, parts), Path(data))
-        if not train and Path(root, "train").is_dir():
+        if not train and root not in parts and Path(root, "train").is_dir():
             fail(f"--data {data}: has train, but no test or val to report on")
         walk = os.walk(root, followlinks=True) if data else []
         files = [root] if root.is_file() else [Path(at, f) for at, _, some in walk for f in some]

@@ -1070,6 +1070,11 @@ def test_folders_by_links_by_a_set_s_name_and_without_test(photos, tmp_path, mis
     assert len(found) == 12
     config = Config(data=str(tmp_path / "links"), img_size=16)
     mistake("--data .*links: has train, but no test or val", open_data, config, False)
+    for part in ("train", "test"):  # a class of that name is none of the parts
+        (tmp_path / "vehicles" / part).mkdir(parents=True)
+        (tmp_path / "vehicles" / part / "train").symlink_to(photos / part / "a")
+    config.data = str(tmp_path / "vehicles")
+    assert len(open_data(config)) == 12 and len(open_data(config, False)) == 6
     (tmp_path / "synthetic").mkdir()
     tune = ("--steps", 1, "--batch-size", 4, "--num-labels", 8, "--validate", "--out", "run")
     within(tmp_path, finetune.main, *tune)

@@ -1,281 +1,385 @@
 # SPDX-License-Identifier: MIT
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["torch>=2.9.1", "torchvision>=0.24.1", "numpy>=1.26.4", "tqdm>=4.66.1"]
-# ///
-"""Fine-tune what relaxmim.py has pretrained, probe it with a linear head, or train from scratch.
+"""Fine-tune an encoder from relaxmim.py, probe it with a linear head, or train from scratch.
 
-    python finetune.py runs/infonce-synthetic-1              all weights, from a run or a checkpoint
-    python finetune.py                                       from scratch, by the same recipe
-    python finetune.py runs/mae-cifar10 --linear-probe       a linear head on the frozen encoder
-    python finetune.py runs/mae-cifar10 --data cifar10 --num-labels 10000
+    python finetune.py runs/infonce-synthetic-1                all weights, from a run or a checkpoint
+    python finetune.py                                         from scratch, by the same recipe
+    python finetune.py runs/mae-cifar10 --linear-probe         a linear head on the frozen encoder
+    python finetune.py mae_pretrain_vit_base.pth --data DIR    weights of MAE or timm
 
-The accuracy on the test images is computed once, at the end; nothing is chosen by it. To choose
-settings, --validate holds out a tenth of the training images and reports on that instead.
+Test images are looked at once, at the end, and nothing is chosen by them. To choose settings, use
+--validate, which holds out a tenth of the training images and reports on that.
 """
 
+import argparse
 import json
+import math
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import BatchSampler
 from torchvision.transforms import v2
+from tqdm import tqdm
 
 import relaxmim as mim
+from relaxmim import Mistake, option
 
 
 @dataclass
 class Config:
-    """Every hyperparameter of fine-tuning; the values are our choice.
+    """Every hyperparameter of fine-tuning. Sizes of 0 or "" are the checkpoint's."""
 
-    They suit a short run. On a tenth held out from CIFAR-10's training images, 300 steps from a MAE
-    gave 53.7 % with layer_decay 1, 52.6 % with 0.9 and 51.4 % with 0.75, which long runs like.
-    """
-
-    checkpoint: tuple = mim.option((), "a run's folder or its checkpoint.pt; none: from scratch")
-    data: str = mim.option("synthetic", "synthetic, cifar10, cifar100, stl10 or a folder")
-    num_labels: int = mim.option(0, "labelled training images, taken at random; 0: all", 0, 10**9)
-    validate: bool = mim.option(False, "report on a tenth held out from train, never on test")
-    linear_probe: bool = mim.option(False, "frozen encoder: linear head and nearest neighbours")
-    model: str = mim.option("", "size; empty: the checkpoint's, or nano", "", *mim.SIZES)
-    patch_size: int = mim.option(0, "side of a patch; 0: the checkpoint's, or 4", 0, 1024)
-    img_size: str = mim.option("", "side in pixels, or HxW; empty: the checkpoint's, or 32")
-    in_chans: int = mim.option(0, "channels; 0: the checkpoint's, or 3 (RGB)", 0, 1, 3, 4)
-    data_dir: str = mim.option("data", "where torchvision's sets are kept")
-    cache_gb: float = mim.option(1.0, "a folder larger than this is streamed, GiB", 0.0, 1e6)
-    workers: int = mim.option(2, "processes that read files", 0, 256)
-    steps: int = mim.option(800, "optimizer steps", 1, 10**9)
-    batch_size: int = mim.option(128, "images per step", 2, 10**6)
-    lr: float = mim.option(1e-3, "peak learning rate, of the head", 1e-12, 10.0)
-    layer_decay: float = mim.option(1.0, "learning rate of a block over the next one's", 0.01, 1.0)
-    weight_decay: float = mim.option(0.05, "decay of matrices", 0.0, 10.0)
-    drop_path: float = mim.option(0.0, "chance to skip a branch, in the last block", 0.0, 0.99)
-    label_smoothing: float = mim.option(0.1, "share of the target given to all", 0.0, 0.99)
-    mixup: float = mim.option(0.0, "alpha of MixUp; 0: off", 0.0, 100.0)
-    cutmix: float = mim.option(0.0, "alpha of CutMix; 0: off", 0.0, 100.0)
-    smallest_crop: float = mim.option(0.5, "smallest area of a training crop", 0.01, 1.0)
-    seed: int = mim.option(0, "of all that is random", 0, 2**31)
-    out: str = mim.option("", "folder of the run; empty: runs/finetune-RUN-on-DATA")
-    resume: bool = mim.option(False, "go on with the run in that folder")
-    save_every: int = mim.option(500, "steps between checkpoints", 1, 10**9)
-    device: str = mim.option("auto", "auto, cpu, cuda or mps")
-    precision: str = mim.option("auto", "of matrix products", "auto", "float32", "bfloat16")
+    checkpoint: str = option("", "a run's folder or a file of weights; empty: from scratch", "?")
+    data: str = option("synthetic", "synthetic, cifar10, cifar100 or a folder")
+    num_labels: int = option(0, "size of a random subset to train on; 0: all images")
+    validate: bool = option(False, "report on a tenth held out from train, never on test")
+    linear_probe: bool = option(False, "frozen encoder: a linear head, and nearest neighbours")
+    model: str = option("", "size of the encoder; from scratch: nano")
+    patch_size: int = option(0, "side of a patch in pixels; from scratch: 4")
+    img_size: int = option(0, "side of an image in pixels; from scratch: 32")
+    in_chans: int = option(0, "3: RGB, 1: grey; from scratch: 3")
+    data_dir: str = option("data", "where torchvision keeps its data sets")
+    cache_gb: float = option(1.0, "a folder that needs more memory is streamed (GiB)")
+    workers: int = option(2, "number of processes that read files")
+    steps: int = option(800, "number of optimizer steps")
+    batch_size: int = option(128, "images in a step, over all processes")
+    lr: float = option(1e-3, "peak learning rate, of the head")
+    layer_decay: float = option(1.0, "learning rate of a block relative to the next one")
+    weight_decay: float = option(0.05, "weight decay of matrices")
+    drop_path: float = option(0.0, "stochastic depth, in the last block")
+    label_smoothing: float = option(0.1, "label smoothing")
+    mixup: float = option(0.0, "alpha of MixUp; 0: off")
+    cutmix: float = option(0.0, "alpha of CutMix; 0: off")
+    smallest_crop: float = option(0.5, "least share of the area of a training crop")
+    seed: int = option(0, "random seed")
+    out: str = option("", "folder of the run; empty: runs/finetune-RUN-on-DATA")
+    resume: bool = option(False, "resume the run in that folder")
+    save_every: int = option(500, "steps between checkpoints")
+    device: str = option("auto", "auto, cpu, cuda or mps")
+    precision: str = option("auto", "float32, bfloat16; auto: bfloat16 where it is native")
+    compile: str = option("auto", "yes, no; auto: on CUDA, for 2,000 steps and more")
 
 
 class Classifier(mim.ViT):
     """ViT, mean over the patch tokens, norm, linear head: timm's with global_pool="avg".
 
-    probe: the encoder keeps its own norm, and a batch norm without weights comes before the head.
-    Takes a mask as ViT does; the hidden patches are then missing from the mean too.
+    probe: for a frozen encoder. It keeps its own norm, and a batch norm without weights follows.
     """
 
     def __init__(self, *args, num_classes, probe=False, drop_path=0.0):
         super().__init__(*args)
-        dim, depth = self.cls_token.shape[-1], len(self.blocks)
-        for i, block in enumerate(self.blocks):  # rising from 0 to drop_path
-            block.drop_path = drop_path * i / max(1, depth - 1)
+        for i, block in enumerate(self.blocks):  # rises from 0 to drop_path
+            block.drop_path = drop_path * i / max(1, len(self.blocks) - 1)
         if probe:
-            self.fc_norm = nn.BatchNorm1d(dim, eps=1e-6, affine=False)
+            self.fc_norm = nn.BatchNorm1d(self.embed_dim, eps=1e-6, affine=False)
         else:
-            self.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(dim, eps=1e-6)
-        self.head = nn.Linear(dim, num_classes)
+            self.norm = nn.Identity()
+            self.fc_norm = nn.LayerNorm(self.embed_dim, eps=1e-6)
+        self.head = nn.Linear(self.embed_dim, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, images, mask=None, num_hidden=None):
-        """(B, C, H, W) -> logits (B, num_classes)."""
-        return self.head(self.fc_norm(super().forward(images, mask, num_hidden)[:, 1:].mean(1)))
+    def features(self, images, visible=None):
+        """images (B, C, H, W), visible (B, V); None: all -> mean patch token (B, D)."""
+        return super().forward(images, visible)[:, 1:].mean(dim=1)
+
+    def forward(self, images, visible=None):
+        """images (B, C, H, W), visible (B, V); None: all -> logits (B, num_classes)."""
+        return self.head(self.fc_norm(self.features(images, visible)))
 
 
-def build(config, source, num_classes):
-    """A Classifier of the size in config; source: a checkpoint's content, or None.
+def load_encoder(path):
+    """A run, a checkpoint, or weights of MAE or timm. Returns weights, settings and class names.
 
-    Where its weights do not fit, one line names what is missing or left over.
+    settings: model, patch_size, img_size, in_chans. Nothing in the file is executed.
     """
-    with mim.blame(f"{''.join(config.checkpoint)}: does not fit"):
-        size = mim.sides(config.img_size), config.patch_size, config.in_chans
-        options = {"num_classes": num_classes, "probe": config.linear_probe}
-        model = Classifier(*size, *mim.SIZES[config.model], **options, drop_path=config.drop_path)
-        if not source:
-            return model
-        weights = mim.encoder_weights(source, model.grid)
-        head, probed = weights.get("head.weight"), "fc_norm.running_mean" in weights
-        other = head is None or head.shape != model.head.weight.shape  # of other classes
-        if other or probed != config.linear_probe:  # or after another norm: left out
-            weights = {k: v for k, v in weights.items() if not k.startswith(("head.", "fc_norm."))}
+    path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
+    with torch.serialization.safe_globals([argparse.Namespace]):  # MAE's training saves its options
+        content = mim.load_checkpoint(path)
+    if isinstance(content, dict) and "encoder" in content:
+        return content["encoder"], content["config"], content.get("classes")
+    weights = {}
+    for name, value in dict(content.get("model", content)).items():
+        name = name.removeprefix("module.").removeprefix("_orig_mod.")
+        if not name.startswith(("decoder", "mask_token", "head.", "fc_norm.")):
+            weights[name] = value.float()
+    missing = {"patch_embed.proj.weight", "pos_embed", "cls_token"} - set(weights)
+    if missing:
+        raise Mistake(f"{path}: not a vision transformer, it lacks {', '.join(sorted(missing))}")
+    dim, in_chans, _, patch_size = weights["patch_embed.proj.weight"].shape
+    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    models = {size[:2]: name for name, size in mim.SIZES.items()}
+    if (dim, depth) not in models:
+        raise Mistake(f"{path}: no --model has width {dim} and depth {depth}")
+    side = math.isqrt(weights["pos_embed"].shape[1] - 1)
+    settings = {"model": models[dim, depth], "patch_size": patch_size}
+    settings.update(img_size=side * patch_size, in_chans=in_chans)
+    return weights, settings, None
+
+
+def resize_positions(pos_embed, grid):
+    """Position embeddings (1, 1 + n, D) for another grid: sin-cos made anew, learned interpolated."""
+    side = math.isqrt(pos_embed.shape[1] - 1)
+    dim = pos_embed.shape[2]
+    if torch.allclose(pos_embed, mim.sincos_positions((side, side), dim), atol=1e-4):
+        return mim.sincos_positions(grid, dim)
+    table = pos_embed[:, 1:].mT.unflatten(2, (side, side))  # (1, D, side, side)
+    table = F.interpolate(table, grid, mode="bicubic", antialias=True)
+    return torch.cat([pos_embed[:, :1], table.flatten(2).mT], dim=1)
+
+
+def load_weights(model, weights, path, new=()):
+    """Load weights into a model, except those whose names begin with one of new. Raises Mistake."""
+    weights = {name: value for name, value in weights.items() if not name.startswith(new)}
+    weights["pos_embed"] = resize_positions(weights["pos_embed"], model.grid)
+    try:
         missing, extra = model.load_state_dict(weights, strict=False)
-        missing = [k for k in missing if not k.startswith(("head", "fc_norm"))]
-        extra = [k for k in extra if not k.startswith("norm.")]  # replaced by fc_norm
-        if missing or extra:
-            raise ValueError(f"missing {missing}, left over {extra}")
-    return model
+    except RuntimeError as error:
+        raise Mistake(f"{path}: does not fit ({str(error).splitlines()[1].strip()})") from None
+    missing = [name for name in missing if not name.startswith(new)]
+    if missing or extra:
+        raise Mistake(f"{path}: does not fit; missing {missing[:3]}, left over {extra[:3]}")
 
 
 def layer_groups(model, config):
-    """Parameter groups: from the head down the rate falls by layer_decay a block (BEiT, MAE)."""
-    depth, layers = len(model.blocks), {}
-    for name, parameter in model.named_parameters():
-        layer = 0 if name.startswith(("cls_token", "patch_embed")) else depth + 1
-        layer = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else layer
-        if parameter.requires_grad:
-            layers.setdefault(layer, []).append(parameter)
-    scaled = ((config.layer_decay ** (depth + 1 - layer), found) for layer, found in layers.items())
-    return [
-        g for scale, found in scaled for g in mim.decay_groups(found, config.weight_decay, scale)
-    ]
+    """Parameter groups whose learning rate falls by layer_decay a block, from the head down."""
+    depth = len(model.blocks)
+    groups = []
+    for layer in range(depth + 2):
+        parameters = []
+        for name, parameter in model.named_parameters():
+            own = depth + 1
+            if name.startswith(("cls_token", "patch_embed")):
+                own = 0
+            elif name.startswith("blocks."):
+                own = int(name.split(".")[1]) + 1
+            if own == layer and parameter.requires_grad:
+                parameters.append(parameter)
+        scale = config.layer_decay ** (depth + 1 - layer)
+        groups += mim.decay_groups(parameters, config.weight_decay, scale)
+    return groups
 
 
-def choose(data, index):
-    """The images at `index`, (n,), alone."""
-    pixels = None if data.pixels is None else data.pixels[index]
-    return replace(data, names=[data.names[i] for i in index], pixels=pixels)
-
-
-def class_names(data):
-    """The class of each image, by the folder in its name: a list of strings."""
-    return [Path(name).parent.name for name in data.names]
-
-
-def whole(data, pixels, size):
-    """Images of `data`, uint8 (B, C, H, W), as they are: resized to `size` and normalised."""
-    return data.normalise(v2.functional.resize(pixels.float(), mim.sides(size), antialias=True))
-
-
-@torch.no_grad()
-def accuracy(model, data, labels, device, size, workers=0):
-    """Share of the images whose label, of labels (n,), the model gives the largest logit."""
-    model.eval()
-    right, every = 0, BatchSampler(range(len(data)), 256, drop_last=False)
-    for index, pixels in data.batches(every, device, workers):
-        guess = model(whole(data, pixels, size)).argmax(1).cpu()
-        right += (guess == labels[index]).sum().item()
-    return right / len(data)
-
-
-@torch.no_grad()
-def nearest_neighbours(model, data, labels, test, test_labels, size, device, workers=0, k=20):
-    """Accuracy of a vote of the k nearest training images, by the cosine of mean patch tokens.
-
-    Centred by the mean of the training images; a vote weighs exp(cosine / 0.07) (Wu et al., 2018).
-    """
-    found, model = [], model.eval()
-    for part in (data, test):
-        every = BatchSampler(range(len(part)), 256, drop_last=False)
-        pixels = (pixels for _, pixels in part.batches(every, device, workers))
-        tokens = (
-            mim.ViT.forward(model, whole(data, x, size))[:, 1:].float().mean(1) for x in pixels
-        )
-        found.append(torch.cat(list(tokens)))
-    train, test = (F.normalize(x - found[0].mean(0), dim=1) for x in found)  # (n, D) each
-    right, labels = 0, F.one_hot(labels).float()
-    for chunk, answer in zip(test.split(256), test_labels.to(device).split(256)):
-        cosine, index = (chunk @ train.T).topk(min(k, len(train)))  # (B, k)
-        votes = (cosine / 0.07).exp()[..., None] * labels[index]  # (B, k, classes)
-        right += (votes.sum(1).argmax(1) == answer).sum().item()
-    return right / len(test)
+def relabel(images, classes, owner):
+    """The same images with labels that index into classes, by name. Raises Mistake."""
+    for name in images.classes:
+        if name not in classes:
+            known = ", ".join(classes[:10])
+            raise Mistake(f"--data: {owner} does not know the class {name}; it knows {known}")
+    table = torch.tensor([classes.index(name) for name in images.classes])
+    return replace(images, labels=table[images.labels], classes=classes)
 
 
 def open_parts(config):
-    """The images to train on and those to report on, the labels of each, and the classes."""
-    data = mim.open_data(config)
-    labelled = [i for i, name in enumerate(class_names(data)) if name != "unlabelled"]  # STL10
-    classes = sorted({*class_names(data)} - {"unlabelled"})
-    if config.validate:  # always the same tenth
-        order, tenth = np.random.default_rng(0).permutation(labelled), len(labelled) // 10
-        labelled, test = order[tenth:], choose(data, order[:tenth])
-    else:
-        test = mim.open_data(config, train=False)
-    if len(classes) < 2 or not {*class_names(test)} <= {*classes}:
-        found = sorted({*class_names(test)})
-        mim.fail(f"--data {config.data}: classes {classes[:9]} in train, {found[:9]} in test")
-    if config.num_labels > len(labelled):
-        mim.fail(f"--num-labels {config.num_labels}: {len(labelled)} labelled images found")
-    order = np.random.default_rng([config.seed, 1]).permutation(labelled)
-    data = choose(data, order[: config.num_labels or None])
-    labels = [torch.tensor([classes.index(c) for c in class_names(x)]) for x in (data, test)]
-    return data, test, *labels, classes
+    """The Images to train on and those to report on, with the same classes. Raises Mistake."""
+    test = None if config.validate else mim.open_data(config, train=False, labelled=True)
+    images = mim.open_data(config, labelled=True)
+    if len(images.classes) < 2:
+        raise Mistake(f"--data {config.data}: needs 2 classes or more, has {images.classes}")
+    if config.validate:
+        order = mim.choose(len(images), len(images), seed=0)  # always the same tenth
+        tenth = len(images) // 10
+        if tenth == 0:
+            raise Mistake(f"--validate: needs 10 images or more, --data has {len(images)}")
+        test = images.subset(order[:tenth])
+        images = images.subset(order[tenth:])
+    if config.num_labels > len(images):
+        raise Mistake(f"--num-labels {config.num_labels}: there are {len(images)} images")
+    images = images.subset(mim.choose(len(images), config.num_labels, config.seed))
+    return images, relabel(test, images.classes, "the training set")
 
 
-def train(config, source):
-    """One fine-tuning run, from data to the figure on test. source: a checkpoint, or None."""
-    started = time.time()
+def whole_images(pixels, size):
+    """uint8 (B, C, H, W) -> normalised float (B, C, size, size), nothing cut off."""
+    return mim.normalize(v2.functional.resize(pixels.float(), [size, size], antialias=True))
+
+
+@torch.no_grad()
+def accuracy(model, images, size, device, workers=0):
+    """Share of the images, less the damaged ones, that the model classifies correctly."""
+    model.eval()
+    correct = total = 0
+    for pixels, labels in images.batches(torch.arange(len(images)).split(250), device, workers):
+        pred = model(whole_images(pixels, size)).argmax(dim=1)
+        correct += (pred == labels).sum().item()
+        total += len(labels)
+    return correct / max(1, total)
+
+
+@torch.no_grad()
+def neighbour_accuracy(model, train, test, size, device, workers=0, k=20):
+    """Accuracy of a vote of the k nearest training images, by cosine of centred features.
+
+    A vote weighs exp(cosine / 0.07) (Wu et al., 2018, arXiv 1805.01978).
+    """
+    model.eval()
+    features = []
+    labels = []
+    for images in (train, test):
+        batches = images.batches(torch.arange(len(images)).split(250), device, workers)
+        pairs = [(model.features(whole_images(pixels, size)), y) for pixels, y in batches]
+        features.append(torch.cat([x for x, _ in pairs]))
+        labels.append(torch.cat([y for _, y in pairs]))
+    center = features[0].mean(dim=0)
+    keys = F.normalize(features[0] - center, dim=1)  # (n, D)
+    queries = F.normalize(features[1] - center, dim=1)
+    one_hot = F.one_hot(labels[0], len(train.classes)).float()
+    correct = 0
+    for query, label in zip(queries.split(250), labels[1].split(250)):
+        cosine, index = (query @ keys.T).topk(min(k, len(keys)))  # (b, k)
+        votes = (cosine / 0.07).exp()[..., None] * one_hot[index]  # (b, k, classes)
+        correct += (votes.sum(dim=1).argmax(dim=1) == label).sum().item()
+    return correct / len(queries)
+
+
+def check(config):
+    """Raise Mistake for what cannot be fine-tuned."""
+    mim.check_common(config)
+    mim.check_range(config, 0, 1e9, "num_labels")
+    mim.check_range(config, 0.01, 1, "layer_decay", "smallest_crop")
+    mim.check_range(config, 0, 0.99, "drop_path", "label_smoothing")
+    mim.check_range(config, 0, 100, "mixup", "cutmix")
+    if config.linear_probe and not config.checkpoint:
+        raise Mistake("--linear-probe: needs a checkpoint, whose encoder it freezes")
+
+
+def fill_in(config):
+    """Set what config leaves to the checkpoint or to defaults. Returns the checkpoint's weights."""
+    weights = None
+    settings = {"model": "nano", "patch_size": 4, "img_size": 32, "in_chans": 3}
+    name = "scratch"
+    if config.checkpoint:
+        weights, settings, _ = load_encoder(config.checkpoint)
+        path = Path(config.checkpoint)
+        name = path.parent.name if path.name == "checkpoint.pt" else path.stem
+    for key in ("model", "patch_size", "img_size", "in_chans"):
+        setattr(config, key, getattr(config, key) or settings[key])
+    kind = "probe" if config.linear_probe else "finetune"
+    config.out = config.out or f"runs/{kind}-{name}-on-{Path(config.data).stem}"
+    return weights
+
+
+def train(config):
+    """Fine-tune. Returns the result, a dict that is also written to result.json. Raises Mistake."""
+    begun = time.time()
+    weights = fill_in(config)
+    check(config)
+    folder = Path(config.out)
+    B = config.batch_size
     device, autocast = mim.pick_device(config)
     resumed = mim.start_run(config)
-    data, test, labels, test_labels, classes = open_parts(config)
-    size, labels = config.img_size, labels.to(device)
-    data.scale = test.scale = (source or {}).get("scale", data.scale)
-    mim.set_seed(config.seed, 2**32)
-    model = build(config, source, len(classes)).to(device)
+
+    images, test = open_parts(config)
+    mim.open_log(config, images, resumed)
+
+    mim.seed_all(config.seed, 2**32)
+    size = (config.img_size, config.patch_size, config.in_chans, *mim.SIZES[config.model])
+    options = {"num_classes": len(images.classes), "probe": config.linear_probe}
+    model = Classifier(*size, **options, drop_path=config.drop_path)
+    if weights:
+        new = ("head.", "fc_norm.") if config.linear_probe else ("head.", "fc_norm.", "norm.")
+        load_weights(model, weights, config.checkpoint, new)
+    model = model.to(device)
     if config.linear_probe:
-        frozen = {k: v.clone() for k, v in model.state_dict().items() if "head" not in k}
-        model.requires_grad_(False).head.requires_grad_(True)
+        model.requires_grad_(False)
+        model.head.requires_grad_(True)
     optimizer = torch.optim.AdamW(layer_groups(model, config), lr=config.lr, fused=True)
-    n = len(classes)
-    mixes = [v2.MixUp(alpha=config.mixup, num_classes=n)] if config.mixup else []
-    mixes += [v2.CutMix(alpha=config.cutmix, num_classes=n)] if config.cutmix else []
-    mix = v2.RandomChoice(mixes) if mixes and not config.linear_probe else v2.Identity()
-    net = torch.compile(model) if device.startswith("cuda") else model  # not for the test images
-    net = nn.parallel.DistributedDataParallel(net) if mim.WORLD > 1 else net
-
-    def forward(index, pixels):
-        model.train()
-        u = torch.rand(5, config.batch_size, device=device)[:, mim.MINE]
-        images = data.normalise(mim.random_crops(pixels, u, size, config.smallest_crop))
-        images, target = mix(images, labels[index.to(device, non_blocking=True)])
-        with autocast:
-            logits = net(images).float()
-        return F.cross_entropy(logits, target, label_smoothing=config.label_smoothing), {}
-
-    parts = {"encoder": model}
-    mim.fit(config, parts, optimizer, resumed, data, device, forward, dict)
-    if mim.RANK > 0:
-        return
-    if config.linear_probe:
-        now = model.state_dict()
-        moved = [k for k, v in frozen.items() if "fc_norm" not in k and (now[k] != v).any()]
-        assert not moved, f"the frozen encoder moved: {moved}"
+    first = 0
+    if resumed:
+        first = resumed["step"]
+        model.load_state_dict(resumed["encoder"])
+        optimizer.load_state_dict(resumed["optimizer"])
+    net = mim.wrap(model, config, device)
+    mixes = []
+    if config.mixup > 0:
+        mixes.append(v2.MixUp(alpha=config.mixup, num_classes=len(images.classes)))
+    if config.cutmix > 0:
+        mixes.append(v2.CutMix(alpha=config.cutmix, num_classes=len(images.classes)))
+    mix = v2.RandomChoice(mixes) if mixes else v2.Identity()
     part = "validation" if config.validate else "test"
-    with autocast:
-        figure = accuracy(model, test, test_labels, device, size, config.workers)
-        result = {f"{part}_accuracy": figure, "images": len(test)}
-        if config.linear_probe:
-            pair = (data, labels, test, test_labels)
-            found = nearest_neighbours(model, *pair, size, device, config.workers)
-            result[f"{part}_accuracy_of_neighbours"] = found
-            print(f"accuracy of 20 nearest neighbours: {found:.2%}")
-    result["minutes"] = round((time.time() - started) / 60, 2)
-    result = json.dumps({**result, **asdict(config)}, indent=2)
-    Path(config.out, "result.json").write_text(result + "\n")
-    print(f"accuracy on the {len(test)} {part} images: {figure:.2%}; written to {config.out}")
+    if mim.RANK == 0:
+        print(f"{len(images)} images, {config.steps} steps of {B}, on {device}")
+
+    order = islice(mim.batch_order(len(images), B, config.steps, config.seed), first, None)
+    order = (index[mim.MINE] for index in order)
+    batches = images.batches(order, device, config.workers, fill=True)
+    every = 0.1 if sys.stderr.isatty() else 30  # seconds
+    bar = tqdm(batches, total=config.steps, initial=first, mininterval=every, disable=mim.RANK > 0)
+    step = first
+    with mim.catch_signals() as received:
+        for step, (pixels, labels) in enumerate(bar, first + 1):
+            mim.seed_all(config.seed, step)  # everything random is a function of the step
+            model.train()
+            lr = mim.learning_rate(step - 1, config)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+
+            draws = torch.rand(B, 5, device=device)[mim.MINE]
+            crops = mim.random_crops(pixels, config.img_size, draws, config.smallest_crop)
+            inputs, target = mix(mim.normalize(crops), labels)
+            with autocast:
+                logits = net(inputs)
+            smoothing = config.label_smoothing
+            loss = F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
+            loss.backward()
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 3.0)
+
+            last = step == config.steps or len(received) > 0
+            log = last or step == 1 or step % mim.LOG_EVERY == 0
+            save = last or step % config.save_every == 0
+            if (log or save) and not grad_norm.isfinite():
+                raise Mistake(
+                    f"step {step}: not finite; the last checkpoint stays, try a lower --lr"
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+
+            if log:
+                record = {"step": step, "epoch": round(step * B / len(images), 2)}
+                record["loss"] = mim.process_mean(loss.detach(), device)
+                record["lr"] = lr
+                record["grad_norm"] = grad_norm.item()
+                if config.validate and step % (mim.LOG_EVERY * 5) == 0:
+                    found = accuracy(model, test, config.img_size, device, config.workers)
+                    record["validation_accuracy"] = found
+                bar.set_postfix(epoch=record["epoch"], loss=f"{record['loss']:.3f}", refresh=False)
+                if mim.RANK == 0:
+                    mim.write_text(folder / "log.jsonl", json.dumps(record) + "\n", "a")
+            if save and mim.RANK == 0:
+                content = {"config": asdict(config), "step": step, "classes": images.classes}
+                content["encoder"] = model.state_dict()
+                content["optimizer"] = optimizer.state_dict()
+                mim.save_checkpoint(folder, content)
+            if last:
+                break
+    bar.close()
+    if step < config.steps:
+        print(f"stopped after step {step}; add --resume to the command to resume the run")
+        raise SystemExit(128 + received[0])
+    if mim.RANK > 0:
+        return {}
+    result = {f"{part}_accuracy": accuracy(model, test, config.img_size, device, config.workers)}
+    if config.linear_probe:
+        found = neighbour_accuracy(model, images, test, config.img_size, device, config.workers)
+        result[f"{part}_accuracy_of_neighbours"] = found
+        print(f"{part} accuracy of 20 nearest neighbours: {found:.2%}")
+    result["images"] = len(test)
+    result["minutes"] = round((time.time() - begun) / 60, 2)
+    result.update(asdict(config))
+    mim.write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    print(f"{part} accuracy, {len(test)} images: {result[f'{part}_accuracy']:.2%}")
+    print(f"written to {folder}")
+    return result
 
 
-def main(args):
-    config = mim.parse(Config, __doc__, args)
-    if len(config.checkpoint) > 1:
-        mim.fail(f"{' '.join(config.checkpoint)}: one checkpoint at a time")
-    source = mim.load_checkpoint(config.checkpoint[0]) if config.checkpoint else None
-    if config.linear_probe and not source:
-        mim.fail("--linear-probe: needs a checkpoint, whose encoder it freezes")
-    known = {"model": "nano", "patch_size": 4, "img_size": "32", "in_chans": 3}
-    known |= source["config"] if source else {}
-    for name in ("model", "patch_size", "img_size", "in_chans"):
-        setattr(config, name, getattr(config, name) or known[name])
-    mim.patch_grid(config)
-    folder = Path(config.data)
-    if config.data not in mim.SETS and folder.exists() and not (folder / "train").is_dir():
-        mim.fail(f"--data {folder}: takes a folder of train/CLASS/ and test/CLASS/ or val/CLASS/")
-    path = Path(config.checkpoint[0]) if source else Path("scratch")
-    stem = (path.parent if path.name == "checkpoint.pt" else path).name
-    kind = "probe" if config.linear_probe else "finetune"
-    config.out = config.out or f"runs/{kind}-{stem}-on-{Path(config.data).stem}"
-    train(config, source)
+def main(args=None):
+    with mim.command_line():
+        train(mim.parse(Config, __doc__, args))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -1,60 +1,786 @@
 # SPDX-License-Identifier: MIT
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["torch>=2.9.1", "torchvision>=0.24.1", "numpy>=1.26.4", "tqdm>=4.66.1"]
-# ///
 """RelaxMIM: masked image modeling is siamese learning of occlusion-invariant features.
 
-Siamese learning shows an encoder f two transformed views of an image and measures how alike its
-features are. MAE hides patches, and a decoder d paints them. It is the same thing. Write x for an
-image, M for its visible patches, 1-M for the hidden ones, x M for what is left of x if only M is:
+Siamese learning shows an encoder f two views of an image and pulls their features together. Masked
+image modeling hides patches of an image and trains a decoder d to reconstruct them. Kong and Zhang
+(arXiv 2208.04164, CVPR 2023) show that the second is a case of the first. Write x for an image, M
+for its visible patches, 1-M for its hidden patches, and sg[.] for a stop-gradient:
 
-    (1) siamese   min measure( f(T1(x)), f(T2(x)) )         T: what to become invariant to
-    (2) MAE       L = || ( d(f(x M)) - x ) (1-M) ||^2
-    (3) suppose a decoder d' can read the hidden patches back from their own features:
-                  d'(f(x (1-M))) (1-M) = x (1-M), approximately
-    (4) put into (2), with z1 = f(x M) and z2 = f(x (1-M)):
-                  L = || ( d(z1) - d'(z2) ) (1-M) ||^2     a measurement: how alike are z1, z2
-    (5) RelaxMIM  (4) + lambda || ( d'(z2) - x ) (1-M) ||^2    the penalty is (3)
-    (6) InfoNCE   -log( exp(q_i k_i / tau) / sum_j exp(q_i k_j / tau) )    instead of both
+    (1) siamese    min measure( f(T1(x)), f(T2(x)) )             T: what to become invariant to
+    (2) MAE        L = || (d(f(x M)) - x) (1-M) ||^2
+    (3) assume a decoder d' that reconstructs the hidden patches from their own features:
+                   d'(f(x (1-M))) (1-M) = x (1-M), approximately
+    (4) substitute (3) in (2), with z1 = f(x M) and z2 = f(x (1-M)):
+                   L = || (d(z1) - d'(z2)) (1-M) ||^2            this measures how alike z1, z2 are
+    (5) RelaxMIM   || (d(z1) - sg[d'(z2)]) (1-M) ||^2  +  lambda || (d'(z2) - x) (1-M) ||^2
+    (6) InfoNCE    -log( exp(q_i.k_i / tau) / sum_j exp(q_i.k_j / tau) )
 
-So T is the mask, the measurement is the decoder with its loss, and what is learned is to see
-through occlusion. The argument is that of Kong and Zhang (arXiv 2208.04164, CVPR 2023); every
-setting here is ours. This file is the whole method, and each piece stands alone: take it.
+So T is the mask, the measure is the decoder with its loss, and f becomes invariant to occlusion.
+In (5) the second term is (3) as a penalty; without it both decoders may output a constant. In (6),
+q_i = d(z1) at hidden patch i and k_i = sg[z2] at the same patch. Both have the batch mean at their
+position subtracted and are scaled to unit length; j runs over the hidden patches of that image.
+Every norm is a mean over elements. By default, x in (2), (3) and (5) is normalised per patch.
 
-    python relaxmim.py --loss infonce --num-images 1      one embedded image: 2 minutes, 2 cores
-    python relaxmim.py --loss mae --data cifar10          or a folder, or one photograph
-    python relaxmim.py --transform crop                   (1) with T = crop and colour, to compare
+Contents: Masks, Model, Similarities, RelaxMIM, CropContrast, invariance; and to train them: Data,
+Config, Training, main. Every number here is our choice, not the paper's.
+
+    python relaxmim.py --loss infonce --num-images 1    one embedded image: 2 minutes on 2 CPU cores
+    python relaxmim.py --loss mae --data cifar10        or a folder of images, or one photograph
+    python relaxmim.py --loss crop                      (1) with T = crop and colour, to compare
 """
 
-import argparse
-import difflib
-import json
 import math
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# In shapes: B images of C x H x W pixels; N patches in each, V visible and K hidden; a patch is
+# p x p pixels or P = p*p*C values; D is the width of the tokens.
+
+# --------------------------------------------------------------------------------------- Masks
+# A mask is a pair of index tensors, visible (B, V) and hidden (B, K). Patches count row by row.
+
+
+def patch_coords(grid, device=None):
+    """Row and column of every patch: two int64 tensors (N,). grid: (rows, cols)."""
+    index = torch.arange(grid[0] * grid[1], device=device)
+    return index // grid[1], index % grid[1]
+
+
+def hide_lowest(score, ratio):
+    """Hide the round(ratio * N) patches of each image with the lowest score (B, N)."""
+    num_hidden = round(ratio * score.shape[1])
+    order = score.argsort(dim=1)
+    hidden = order[:, :num_hidden].sort(dim=1).values
+    visible = order[:, num_hidden:].sort(dim=1).values
+    return visible, hidden
+
+
+def random_mask(batch, grid, ratio, generator=None, device=None):
+    """Hide patches independently of one another, as MAE does.
+
+    grid: (rows, cols); ratio: share of hidden patches, 0..1. Returns visible (B, V), hidden (B, K),
+    int64, each in ascending order. The other masks take and return the same.
+    """
+    score = torch.rand(batch, grid[0] * grid[1], generator=generator, device=device)
+    return hide_lowest(score, ratio)
+
+
+def block_mask(batch, grid, ratio, generator=None, device=None):
+    """Hide one rectangle of random centre and proportions, trimmed to the exact count."""
+    center_y, center_x, u = torch.rand(3, batch, 1, generator=generator, device=device)
+    row, col = patch_coords(grid, device)
+    dy = (row + 0.5) / grid[0] - center_y  # (B, N)
+    dx = (col + 0.5) / grid[1] - center_x
+    stretch = (u - 0.5).exp()  # the root of height over width
+    return hide_lowest(torch.maximum(dy.abs() / stretch, dx.abs() * stretch), ratio)
+
+
+def grid_mask(batch, grid, ratio, generator=None, device=None):
+    """Hide a regular pattern: at ratio 0.75, one patch of every 2 x 2 stays visible."""
+    shift = torch.randint(2, (2, batch, 1), generator=generator, device=device)
+    ties = torch.rand(batch, grid[0] * grid[1], generator=generator, device=device)
+    row, col = patch_coords(grid, device)
+    odd_row = (row + shift[0]) % 2  # (B, N)
+    odd_col = (col + shift[1]) % 2
+    return hide_lowest(2 * odd_row + (odd_row + odd_col) % 2 + ties, ratio)
+
+
+def mask_indices(mask):
+    """A mask of your own, bool (B, N), True = hidden, as visible (B, V) and hidden (B, K)."""
+    num_hidden = mask.sum(dim=1)
+    if (num_hidden != num_hidden[0]).any():
+        raise ValueError("a mask must hide the same number of patches in every image")
+    order = mask.byte().argsort(dim=1, stable=True)
+    return order.tensor_split([mask.shape[1] - int(num_hidden[0])], dim=1)
+
+
+MASKS = {"random": random_mask, "block": block_mask, "grid": grid_mask}  # --mask
+
+# --------------------------------------------------------------------------------------- Model
+
+
+def patchify(images, patch_size):
+    """(B, C, H, W) -> (B, N, P): patches row by row, values in the order row, column, channel."""
+    p = patch_size
+    x = images.unflatten(2, (-1, p)).unflatten(4, (-1, p))  # (B, C, rows, p, cols, p)
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(1, 2).flatten(2)
+
+
+def unpatchify(patches, grid, patch_size):
+    """(B, N, P) -> (B, C, H, W): the inverse of patchify. grid: (rows, cols)."""
+    p = patch_size
+    x = patches.unflatten(2, (p, p, -1)).unflatten(1, grid)  # (B, rows, cols, p, p, C)
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+def gather_tokens(x, index):
+    """The tokens of x (B, N, D) at index (B, K): (B, K, D)."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+
+
+def sincos_positions(grid, dim):
+    """Fixed 2-D sine-cosine positions (1, 1 + N, D) in MAE's layout; zero for the class token."""
+    frequency = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    row, col = patch_coords(grid)
+    x = torch.outer(col, frequency)  # (N, D/4)
+    y = torch.outer(row, frequency)
+    table = torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)  # (N, D)
+    return F.pad(table, (0, 0, 1, 0)).float()[None]
+
+
+def drop_path(x, rate, training):
+    """Stochastic depth: set x (B, N, D) to zero for a share `rate` of the images."""
+    if rate == 0:
+        return x
+    return x * F.dropout(x.new_ones(len(x), 1, 1), rate, training)
+
+
+class Attention(nn.Module):
+    """Self-attention of tokens (B, N, D)."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, N, 3, heads, D/heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, D/heads) each
+        if x.device.type == "cpu":  # written out: a bfloat16 step of nano is 2.8 times faster
+            scale = q.shape[-1] ** -0.5
+            x = (q * scale @ k.mT).softmax(dim=-1) @ v
+        else:
+            x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block. drop_path: how often an image skips a branch in training."""
+
+    def __init__(self, dim, num_heads, mlp_ratio=4.0):
+        super().__init__()
+        fc1 = nn.Linear(dim, int(dim * mlp_ratio))
+        fc2 = nn.Linear(int(dim * mlp_ratio), dim)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
+        self.drop_path = 0.0
+        for linear in (self.attn.qkv, self.attn.proj, fc1, fc2):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x):
+        x = x + drop_path(self.attn(self.norm1(x)), self.drop_path, self.training)
+        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path, self.training)
+
+
+class ViT(nn.Module):
+    """Vision transformer that sees only the visible patches. Its weights have timm's names.
+
+    img_size: side in pixels, or (H, W). Raises ValueError if patch_size does not divide it.
+    """
+
+    def __init__(self, img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio=4.0):
+        super().__init__()
+        if isinstance(img_size, int):
+            img_size = (img_size, img_size)
+        if img_size[0] % patch_size or img_size[1] % patch_size:
+            raise ValueError(f"patches of {patch_size} pixels do not divide images of {img_size}")
+        self.grid = (img_size[0] // patch_size, img_size[1] // patch_size)
+        self.patch_size = patch_size
+        self.in_chans = in_chans
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
+        nn.init.xavier_uniform_(proj.weight.view(embed_dim, -1))
+        self.patch_embed = nn.Sequential(OrderedDict(proj=proj))
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, embed_dim))
+        self.register_buffer("pos_embed", sincos_positions(self.grid, embed_dim))
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+
+    def forward(self, images, visible=None):
+        """images (B, C, H, W), visible (B, V); None: all -> (B, 1 + V, D), class token first."""
+        x = self.patch_embed(images).flatten(2).mT + self.pos_embed[:, 1:]  # (B, N, D)
+        if visible is not None:
+            x = gather_tokens(x, visible)  # (B, V, D): the rest is dropped before the first block
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        x = torch.cat([cls, x], dim=1)  # (B, 1 + V, D)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class Decoder(nn.Module):
+    """MAE's decoder: from the tokens of the visible patches, an output for each hidden patch."""
+
+    def __init__(self, grid, in_dim, embed_dim, depth, num_heads, out_dim):
+        super().__init__()
+        self.decoder_embed = nn.Linear(in_dim, embed_dim)
+        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, embed_dim))
+        self.register_buffer("decoder_pos_embed", sincos_positions(grid, embed_dim))
+        self.decoder_blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
+        self.decoder_norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(embed_dim, out_dim)
+
+    def forward(self, tokens, visible, hidden):
+        """tokens (B, 1 + V, D), visible (B, V), hidden (B, K) -> (B, K, out_dim)."""
+        position = self.decoder_pos_embed.expand(len(tokens), -1, -1)  # (B, 1 + N, D)
+        x = self.decoder_embed(tokens)  # (B, 1 + V, D)
+        x = x + gather_tokens(position, F.pad(visible + 1, (1, 0)))  # 0: the class token's
+        masked = self.mask_token + gather_tokens(position, hidden + 1)  # (B, K, D)
+        x = torch.cat([x, masked], dim=1)  # (B, 1 + N, D); to attention the order is nothing
+        for block in self.decoder_blocks:
+            x = block(x)
+        x = x[:, -hidden.shape[1] :]  # (B, K, D)
+        return self.decoder_pred(self.decoder_norm(x))
+
+
+# -------------------------------------------------------------------------------- Similarities
+# First the losses, functions of tensors; then how each is computed from a model and a batch.
+
+
+def mae_loss(pred, target):
+    """(2)  || (d(z1) - x) (1-M) ||^2
+
+    pred: d(z1), target: x, both at the hidden patches, (B, K, P).
+    """
+    return (pred.float() - target.float()).square().mean()
+
+
+def relax_loss(d1, d2, target, weight=1.0):
+    """(5)  || (d(z1) - sg[d'(z2)]) (1-M) ||^2 + lambda || (d'(z2) - x) (1-M) ||^2
+
+    d1: d(z1), d2: d'(z2), target: x, all at the hidden patches, (B, K, P); weight: lambda.
+    The first term trains d alone; otherwise d' drifts towards d, and both towards the mean.
+    """
+    return mae_loss(d1, d2.detach()) + weight * mae_loss(d2, target)
+
+
+def info_nce(q, k, temperature):
+    """(6)  -log( exp(q_i.k_i / tau) / sum_j exp(q_i.k_j / tau) )
+
+    q, k: (..., n, D), scaled to unit length here. Returns the mean loss, log(n) if features do not
+    depend on the image, and the share of queries whose positive is the most similar key.
+    """
+    q = F.normalize(q.float(), dim=-1)
+    k = F.normalize(k.float(), dim=-1)
+    with torch.autocast(q.device.type, enabled=False):  # bfloat16 is too coarse for exp(1/tau)
+        logits = q @ k.mT / temperature  # (..., n, n)
+    positive = logits.diagonal(dim1=-2, dim2=-1)  # (..., n)
+    accuracy = (positive >= logits.amax(dim=-1)).float().mean()
+    return (logits.logsumexp(dim=-1) - positive).mean(), accuracy
+
+
+def subtract_position_mean(tokens, index, num_patches):
+    """Subtract from tokens (B, K, D) of the patches index (B, K) the batch mean at their position.
+
+    What all images share at a position identifies the positive, whatever the image shows. With it
+    subtracted, only the image itself can tell.
+    """
+    tokens = tokens.float()
+    index = index[..., None].expand_as(tokens)  # (B, K, D)
+    empty = tokens.new_zeros(len(tokens), num_patches, tokens.shape[2])  # (B, N, D)
+    total = empty.scatter(1, index, tokens).sum(dim=0)  # (N, D)
+    count = empty.scatter(1, index, 1.0).sum(dim=0)
+    mean = total / count.clamp(min=1)
+    return tokens - mean.expand_as(empty).gather(1, index)
+
+
+def mae(model, images, visible, hidden):
+    """MAE encodes one view; the other is the pixels of the hidden patches themselves."""
+    z1 = model.encoder(images, visible)  # f(x M): (B, 1 + V, D)
+    pred = model.decoder(z1, visible, hidden)  # d(z1): (B, K, P)
+    return mae_loss(pred, model.target(images, hidden)), {}
+
+
+def relax(model, images, visible, hidden):
+    """RelaxMIM compares two reconstructions. Its metrics show how close (4) is to (2)."""
+    z1 = model.encoder(images, visible)  # f(x M): (B, 1 + V, D)
+    z2 = model.encoder(images, hidden)  # f(x (1-M)): (B, 1 + K, D)
+    d1 = model.decoder(z1, visible, hidden)  # d(z1): (B, K, P)
+    d2 = model.decoder2(z2[:, 1:])  # d'(z2): (B, K, P)
+    target = model.target(images, hidden)  # x (1-M): (B, K, P)
+    with torch.no_grad():
+        metrics = {"measure_4": mae_loss(d1, d2), "constraint_3": mae_loss(d2, target)}
+        metrics["mae_2"] = mae_loss(d1, target)
+    return relax_loss(d1, d2, target, model.relax_weight), metrics
+
+
+def infonce(model, images, visible, hidden):
+    """InfoNCE compares tokens. Raises ValueError for one image: minus their mean they are 0."""
+    if len(images) < 2:
+        raise ValueError("infonce needs a batch of at least 2 images")
+    z1 = model.encoder(images, visible)  # f(x M): (B, 1 + V, D)
+    q = model.decoder(z1, visible, hidden)  # d(z1): (B, K, D)
+    with torch.no_grad():
+        z2 = model.encoder(images, hidden)  # f(x (1-M)): (B, 1 + K, D)
+    N = visible.shape[1] + hidden.shape[1]
+    q = subtract_position_mean(q, hidden, N)
+    k = subtract_position_mean(z2[:, 1:], hidden, N)
+    loss, accuracy = info_nce(q, k, model.temperature)
+    return loss, {"accuracy": accuracy, "log_candidates": math.log(hidden.shape[1])}
+
+
+class Similarity(NamedTuple):
+    measure: Callable  # (model, images, visible, hidden) -> loss, metrics
+    predicts: str  # what the decoder outputs, "pixels" or "tokens"
+    second_decoder: bool = False  # d' of (3)
+
+
+SIMILARITIES = {  # --loss; add your own here
+    "mae": Similarity(mae, predicts="pixels"),
+    "relax": Similarity(relax, predicts="pixels", second_decoder=True),
+    "infonce": Similarity(infonce, predicts="tokens"),
+}
+
+# ------------------------------------------------------------------------------------ RelaxMIM
+
+
+class RelaxMIM(nn.Module):
+    """Two views of an image, its visible and its hidden patches; one encoder; one similarity.
+
+    loss: a name in SIMILARITIES. norm_pix: normalise every target patch to mean 0 and variance 1.
+    relax_weight: lambda of (5). temperature: tau of (6).
+    """
+
+    def __init__(
+        self,
+        encoder,
+        loss="infonce",
+        mask_ratio=0.75,
+        decoder_depth=1,
+        norm_pix=True,
+        relax_weight=1.0,
+        temperature=0.2,
+    ):
+        super().__init__()
+        self.encoder = encoder
+        self.similarity = SIMILARITIES[loss]
+        self.mask_ratio = mask_ratio
+        self.norm_pix = norm_pix
+        self.relax_weight = relax_weight
+        self.temperature = temperature
+        dim = encoder.embed_dim
+        pixels = encoder.in_chans * encoder.patch_size**2
+        out_dim = pixels if self.similarity.predicts == "pixels" else dim
+        self.decoder = Decoder(encoder.grid, dim, dim, decoder_depth, encoder.num_heads, out_dim)
+        if self.similarity.second_decoder:
+            self.decoder2 = nn.Linear(dim, out_dim)
+
+    def forward(self, images, visible=None, hidden=None):
+        """images (B, C, H, W), and a mask or None for a random one -> loss, metrics (a dict)."""
+        if visible is None:
+            grid = self.encoder.grid
+            visible, hidden = random_mask(len(images), grid, self.mask_ratio, device=images.device)
+        return self.similarity.measure(self, images, visible, hidden)
+
+    def target(self, images, hidden):
+        """x (1-M): the pixels of the hidden patches, (B, K, P), normalised if norm_pix."""
+        x = gather_tokens(patchify(images, self.encoder.patch_size), hidden)
+        if self.norm_pix:
+            mean = x.mean(dim=-1, keepdim=True)
+            variance = x.var(dim=-1, keepdim=True)
+            x = (x - mean) / (variance + 1e-6).sqrt()
+        return x
+
+
+class CropContrast(nn.Module):
+    """Conventional siamese learning, (1) with T = crop and colour. Negatives: the other images."""
+
+    def __init__(self, encoder, temperature=0.2):
+        super().__init__()
+        self.encoder = encoder
+        self.temperature = temperature
+        dim = encoder.embed_dim
+        self.head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
+
+    def forward(self, view1, view2):
+        """Two views of the same images, (B, C, H, W) each -> loss, metrics."""
+        q = self.head(self.encoder(view1)[:, 1:].mean(dim=1))  # (B, D)
+        k = self.head(self.encoder(view2)[:, 1:].mean(dim=1))
+        loss, accuracy = info_nce(q, k, self.temperature)
+        return loss, {"accuracy": accuracy, "log_candidates": math.log(len(view1))}
+
+
+@torch.no_grad()
+def invariance(encoder, images, visible):
+    """The claim, measured in float32: have an image and its masked self the same features?
+
+    images (B, C, H, W), visible (B, V). Features are mean patch tokens, centered over the batch.
+    Returns the mean cosine of an image and its masked self (invariance, -1..1), that of different
+    images (different), and the spread of the directions (feature_std, 0..1; 0: collapsed).
+    """
+    with torch.autocast(images.device.type, enabled=False):
+        whole = encoder(images)[:, 1:].mean(dim=1)  # (B, D)
+        masked = encoder(images, visible)[:, 1:].mean(dim=1)
+    spread = F.normalize(whole, dim=1).std(dim=0, correction=0).norm()
+    center = (whole + masked).mean(dim=0) / 2
+    cosine = F.normalize(whole - center, dim=1) @ F.normalize(masked - center, dim=1).T  # (B, B)
+    same = cosine.diagonal().mean()
+    different = (cosine.mean() * len(images) - same) / (len(images) - 1)
+    return {"invariance": same, "different": different, "feature_std": spread}
+
+
+# ---------------------------------------------------------------------------------------- Data
+# Everything above this line needs only the standard library and torch: copy it.
+
+import argparse
+import json
+import multiprocessing
 import os
-import pickle
 import signal
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image, ImageOps
-from torch import distributed, nn
-from torch.distributed.nn.functional import all_gather
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import distributed
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
-from torchvision.ops import roi_align, stochastic_depth
+from torchvision.ops import roi_align
 from torchvision.transforms import v2
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
-# ----------------------------------------------------------------------------------- Config
+SHAPES = ["disc", "bar", "trefoil", "cross", "star", "flower"]  # classes of the embedded images
+PIXEL_MEAN = {3: (123.675, 116.28, 103.53), 1: (114.5,)}  # of ImageNet, RGB and grey, 0..255
+PIXEL_STD = {3: (58.395, 57.12, 57.375), 1: (57.6,)}
+
+
+class Mistake(Exception):
+    """A user's mistake. On the command line it becomes one line and exit status 2."""
+
+
+def synthetic_images(index, size, seed=0):
+    """Dead leaves: shapes of all sizes that cover one another (Lee, Mumford, Huang, 2001).
+
+    Image i depends on (seed, i) alone. Its object, near the centre, has the shape SHAPES[i % 6].
+    index: n integers. Returns uint8 (n, 3, size, size).
+    """
+    draws = [np.random.default_rng([seed, i]).random((26, 8)) for i in index]
+    draws = torch.tensor(np.stack(draws)).float()[..., None, None]  # (n, layers, 8, 1, 1)
+    y = torch.linspace(-1, 1, size)[:, None]
+    x = torch.linspace(-1, 1, size)
+    images = draws[:, 0, 5:].expand(-1, -1, size, size)
+    for layer in range(1, 26):
+        left, top, turn, small, thin = draws[:, layer, :5].unbind(1)  # (n, 1, 1) each
+        spread = 2.4
+        petals = 2
+        radius = 0.13 / (1 - 0.95 * small).sqrt()
+        if layer == 23:  # the object, behind the last two leaves
+            spread = 0.8
+            petals = torch.tensor([0, 2, 3, 4, 5, 6])[torch.tensor(index) % 6][:, None, None]
+            radius = 0.4 + 0.2 * small
+        dx = x - spread * (left - 0.5)
+        dy = y - spread * (top - 0.5)
+        angle = torch.atan2(dy, dx) + 2 * math.pi * turn
+        edge = radius * (1 + (0.2 + 0.3 * thin) * (petals * angle).cos())
+        alpha = (edge - torch.hypot(dx, dy)) * size / 2 + 0.5  # 1 inside, 0 outside
+        images = torch.lerp(images, draws[:, layer, 5:], alpha.clamp(0, 1)[:, None])
+    return (images * 255).round().byte()
+
+
+def find_images(folder, ancestors=()):
+    """Image files below folder. Follows links, but not to an ancestor; skips names like .x."""
+    here = os.path.realpath(folder)
+    found = []
+    entries = [] if here in ancestors else os.scandir(folder)
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            found += find_images(entry.path, (*ancestors, here))
+        elif entry.name.lower().endswith(datasets.folder.IMG_EXTENSIONS):
+            found.append(entry.path)
+    return sorted(found)
+
+
+def read_image(path, in_chans, size=None):
+    """One file as uint8 (C, H, W), upright. size: (H, W) to which it is scaled and cropped."""
+    with Image.open(path) as image:
+        if image.mode in ("I", "F"):
+            raise ValueError(f"32-bit pixels of mode {image.mode}; convert them to 8 or 16 bits")
+        if size:
+            image.draft(None, size[::-1])  # a large JPEG is decoded at 1/2, 1/4 or 1/8
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = image.convert("L" if in_chans == 1 else "RGB")
+        if size:
+            image = ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR)
+        return v2.functional.pil_to_tensor(image)
+
+
+@cache
+def warn(message):
+    """Print a warning, once."""
+    print(message, file=sys.stderr)
+
+
+def ignore_sigterm(worker):
+    """In a worker: a SIGTERM to the whole process group is for the training, which then saves."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def collate(batch, fill):
+    """The readable images of a batch: index (b,), pixels (b, C, H, W).
+
+    fill: with their own labels they also take the places of the damaged ones.
+    """
+    good = [item for item in batch if item[1] is not None]
+    if not good:
+        return torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+    if fill:
+        good = [good[i % len(good)] for i in range(len(batch))]
+    index, pixels = zip(*good)
+    return torch.tensor(index), torch.stack(pixels)
+
+
+@dataclass
+class Images(Dataset):
+    """Images and their labels. Pixels are in memory, or else names are files to be read."""
+
+    names: list
+    labels: torch.Tensor  # int64 (n,), index into classes; 0 without labels
+    classes: list
+    pixels: torch.Tensor | None = None  # uint8 (n, C, H, W)
+    in_chans: int = 3
+    size: tuple = ()  # (H, W) of files once read
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
+        """(i, pixels (C, H, W)) of a file; (i, None) if it is damaged."""
+        try:
+            return i, read_image(self.names[i], self.in_chans, self.size)
+        except Exception as error:  # noqa: BLE001 (decoders raise anything)
+            warn(f"left out {self.names[i]}: {str(error)[:80]}")
+            return i, None
+
+    def subset(self, index):
+        """The images at index (n,)."""
+        index = torch.as_tensor(index)
+        names = [self.names[i] for i in index]
+        pixels = None if self.pixels is None else self.pixels[index]
+        return replace(self, names=names, labels=self.labels[index], pixels=pixels)
+
+    def read(self, indices, workers, fill=False):
+        """For each index (B,) of indices: index (b,), pixels (b, C, H, W) of its readable files."""
+        loader = DataLoader(
+            self,
+            batch_sampler=(index.tolist() for index in indices),
+            collate_fn=partial(collate, fill=fill),
+            num_workers=workers,
+            worker_init_fn=ignore_sigterm,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # the global one is for crops and masks
+        )
+        for index, pixels in loader:
+            if len(index) > 0:
+                yield index, pixels
+            elif fill:
+                raise Mistake(f"--data: a whole batch cannot be read; see {self.names[0]}")
+
+    def batches(self, indices, device, workers=0, fill=False):
+        """For each index (B,) of indices: pixels (B, C, H, W), uint8, and labels (B,), on device.
+
+        The pixels of a set of one image are (1, C, H, W). Damaged files are left out, or with fill
+        replaced by other images of their batch.
+        """
+        if self.pixels is None:
+            for index, pixels in self.read(indices, workers, fill):
+                yield pixels.to(device, non_blocking=True), self.labels[index].to(device)
+            return
+        pixels = self.pixels.to(device)
+        labels = self.labels.to(device)
+        for index in indices:
+            index = index.to(device, non_blocking=True)
+            yield pixels if len(self) == 1 else pixels[index], labels[index]
+
+
+def stored_size(names, config):
+    """(H, W) at which files are kept, judged by the first that can be read.
+
+    Squares of one to two times the side of a crop. A lone photograph, from which all crops come,
+    keeps its shape, and up to 16 times that.
+    """
+    for name in names:
+        try:
+            _, H, W = read_image(name, config.in_chans).shape
+        except Exception as error:  # noqa: BLE001 (decoders raise anything)
+            reason = error
+            continue
+        side = max(min(H, W), config.img_size)
+        if len(names) > 1:
+            return (min(side, 2 * config.img_size),) * 2
+        scale = min(side, 16 * config.img_size) / min(H, W)
+        return round(H * scale), round(W * scale)
+    raise Mistake(f"--data {config.data}: none of {len(names)} images can be read ({reason})")
+
+
+def open_files(config, train, labelled):
+    """The Images of a folder or a photograph, none of them read yet."""
+    root = Path(config.data)
+    if config.data and root.is_file():
+        return Images([config.data], torch.zeros(1, dtype=torch.int64), [])
+    parts = [root / part for part in (("train",) if train else ("test", "val"))]
+    parts = [part for part in parts if part.is_dir()]
+    if not train and not parts and (labelled or (root / "train").is_dir()):
+        raise Mistake(f"--data {config.data}: has no folder test or val to report on")
+    root = parts[0] if parts else root
+    names = find_images(root) if config.data and root.is_dir() else []
+    classes = []
+    labels = [0] * len(names)
+    if labelled:  # the class is the folder directly under root
+        folders = {name: Path(name).relative_to(root).parts[0] for name in names}
+        names = [name for name in names if folders[name] != Path(name).name]
+        classes = sorted({folders[name] for name in names})
+        labels = [classes.index(folders[name]) for name in names]
+    if not names:
+        known = "synthetic, cifar10, cifar100, a folder of images or a photograph"
+        raise Mistake(f"--data {config.data}: no images found; must be {known}")
+    return Images(names, torch.tensor(labels), classes)
+
+
+def read_all(images, workers):
+    """Read all files into memory, without the damaged ones."""
+    n = len(images)
+    pixels = torch.empty(n, images.in_chans, *images.size, dtype=torch.uint8)
+    good = []
+    for index, batch in images.read(torch.arange(n).split(256), workers if n > 1000 else 0):
+        pixels[index] = batch  # a copy: what a worker sends holds a file descriptor
+        good += index.tolist()
+    images = replace(images, pixels=pixels)
+    if len(good) == n:
+        return images
+    warn(f"left out {n - len(good)} of {n} images")
+    return images.subset(good)
+
+
+def choose(n, count, seed):
+    """Indices (count,) of a random subset of n images; count 0: all, in order."""
+    if count == 0:
+        return torch.arange(n)
+    return torch.from_numpy(np.random.default_rng([seed, 1]).permutation(n)[:count])
+
+
+def open_data(config, train=True, labelled=False, count=0):
+    """The Images that config.data names: those to train on, or else to test on.
+
+    labelled: a folder has a folder for each class. count: size of a random subset; 0: all.
+    """
+    if config.data == "synthetic":
+        index = choose(5000, count, config.seed) if train else torch.arange(5000, 6000)
+        side = config.img_size if len(index) > 1 else 8 * config.img_size  # crops of all scales
+        pixels = [synthetic_images(part.tolist(), side) for part in index.split(100)]
+        names = [f"{SHAPES[i % 6]}/{i}" for i in index.tolist()]
+        return Images(names, index % 6, SHAPES, torch.cat(pixels))
+    if config.data in ("cifar10", "cifar100"):
+        kind = datasets.CIFAR10 if config.data == "cifar10" else datasets.CIFAR100
+        try:
+            found = kind(config.data_dir, train=train, download=True)
+        except Exception as error:  # noqa: BLE001 (network, disk or archive)
+            raise Mistake(f"--data {config.data}: cannot be had ({error})") from None
+        names = [f"{found.classes[label]}/{i}" for i, label in enumerate(found.targets)]
+        pixels = torch.from_numpy(found.data).permute(0, 3, 1, 2)
+        if config.in_chans == 1:
+            pixels = v2.functional.rgb_to_grayscale(pixels)
+        images = Images(names, torch.tensor(found.targets), found.classes, pixels)
+    else:
+        images = open_files(config, train, labelled)
+    if count > len(images):
+        raise Mistake(f"--num-images {count}: --data {config.data} has {len(images)}")
+    images = images.subset(choose(len(images), count, config.seed))
+    if images.pixels is None:
+        images.in_chans = config.in_chans
+        images.size = stored_size(images.names, config)
+        size = len(images) * config.in_chans * math.prod(images.size)
+        if len(images) == 1 or size <= config.cache_gb * 2**30:
+            images = read_all(images, config.workers)
+    return images
+
+
+def normalize(images):
+    """Images (B, C, H, W) of 0..255, minus the mean of ImageNet's pixels, over their deviation."""
+    C = images.shape[1]
+    channels = zip(images.unbind(1), PIXEL_MEAN[C], PIXEL_STD[C])
+    return torch.stack([(x - mean) / std for x, mean, std in channels], dim=1)
+
+
+def denormalize(images):
+    """The inverse of normalize."""
+    C = images.shape[1]
+    channels = zip(images.unbind(1), PIXEL_MEAN[C], PIXEL_STD[C])
+    return torch.stack([x * std + mean for x, mean, std in channels], dim=1)
+
+
+def random_crops(images, size, draws, smallest=0.2):
+    """RandomResizedCrop and flip, all at once: float (B, C, size, size) of 0..255.
+
+    images: uint8 (B, C, H, W), or (1, C, H, W) to cut all crops from one. draws: (B, 5), uniform in
+    0..1. smallest: least share of the area; less where that still gives a pixel for a pixel. Areas
+    are uniformly distributed; for one image their logarithms, so that it is seen at all scales.
+    """
+    H, W = images.shape[2:]
+    u_area, u_ratio, u_left, u_top, u_flip = draws.unbind(1)
+    smallest = min(smallest, size * size / (H * W))
+    area = smallest + (1 - smallest) * u_area
+    if len(images) == 1:
+        area = smallest**u_area
+    side = (area * H * W).sqrt()
+    stretch = ((u_ratio - 0.5) * math.log(4 / 3)).exp()  # its square is width over height
+    width = (side * stretch).clamp(max=W)
+    height = (side / stretch).clamp(max=H)
+    left = u_left * (W - width)
+    top = u_top * (H - height)
+    which = torch.arange(len(draws), device=draws.device) % len(images)
+    boxes = torch.stack([which, left, top, left + width, top + height], dim=1)
+    crops = roi_align(images.float(), boxes, size, aligned=True)  # averages where it shrinks
+    return torch.where(u_flip[:, None, None, None] < 0.5, crops.flip(3), crops)
+
+
+def jitter_colors(images, draws):
+    """Brightness, contrast and saturation times 0.6 to 1.4; a fifth of the images turn grey.
+
+    images: float (B, C, H, W) of 0..255; draws: (B, 4), uniform in 0..1: each image its own.
+    """
+    brightness, contrast, saturation, u_grey = draws[..., None, None, None].unbind(1)
+    images = images * (0.6 + 0.8 * brightness)
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    images = mean + (images - mean) * (0.6 + 0.8 * contrast)
+    grey = images.mean(dim=1, keepdim=True)
+    factor = torch.where(u_grey < 0.2, 0.0, 0.6 + 0.8 * saturation)
+    return (grey + (images - grey) * factor).clamp(0, 255)
+
+
+def batch_order(n, batch_size, steps, seed):
+    """An index (batch_size,) for each step. Every epoch takes each of the n images once."""
+    generator = torch.Generator().manual_seed(seed)
+    waiting = torch.zeros(0, dtype=torch.int64)
+    for _ in range(steps):
+        if len(waiting) < batch_size:
+            epochs = torch.rand(math.ceil(batch_size / n), n, generator=generator).argsort(dim=1)
+            waiting = torch.cat([waiting, epochs.flatten()])
+        yield waiting[:batch_size]
+        waiting = waiting[batch_size:]
+
+
+# -------------------------------------------------------------------------------------- Config
 
 SIZES = {  # --model: width, depth, heads
     "nano": (128, 6, 4),
@@ -64,896 +790,479 @@ SIZES = {  # --model: width, depth, heads
     "large": (1024, 24, 16),
     "huge": (1280, 32, 16),
 }
-# groups of options in --help, by the first of each
-GROUPS = {"loss": "method", "data": "images", "steps": "training", "out": "run"}
 
 
-def option(default, help, *valid):
-    """A field that is a command-line option too. valid: the names, or lowest and highest value."""
-    return field(default=default, metadata={"help": help, "valid": valid})
+def option(default, help, nargs=None):
+    """A field that is also an option of the command line, or a positional argument with nargs."""
+    return field(default=default, metadata={"help": help, "nargs": nargs})
 
 
 @dataclass
 class Config:
-    """Every hyperparameter of pretraining; the values are our choice, not the paper's."""
+    """Every hyperparameter of pretraining."""
 
-    loss: str = option("infonce", "similarity of the two views", "mae", "relax", "infonce")
-    transform: str = option("mask", "what to become invariant to", "mask", "crop")
-    mask: str = option("random", "which patches are hidden", "random", "block", "grid")
-    mask_ratio: float = option(0.75, "share of the patches that is hidden", 0.0, 1.0)
-    norm_pix: bool = option(True, "mae, relax: target patches of mean 0 and variance 1")
-    relax_weight: float = option(1.0, "relax: lambda, the weight of the constraint", 0.0, 1e6)
-    temperature: float = option(0.2, "infonce: tau", 1e-3, 100.0)
-    model: str = option("nano", "size of the encoder", *SIZES)
-    init: str = option("", "weights to start from: a run, a checkpoint, MAE's or timm's file")
-    patch_size: int = option(4, "side of a patch in pixels", 1, 1024)
-    # a second block: 0.2 points (mae, CIFAR-10, held out, one seed) for steps 1.3 times as long
-    decoder_depth: int = option(1, "blocks of the decoder", 1, 64)
-    data: str = option("synthetic", "synthetic, cifar10, cifar100, stl10, a folder or a photograph")
-    num_images: int = option(0, "take so many of the images, at random; 0: all", 0, 10**9)
-    img_size: str = option("32", "side of a crop in pixels, or HxW: 64x96")
-    in_chans: int = option(3, "1: grey, 3: RGB, 4: RGB and alpha", 1, 3, 4)
-    data_dir: str = option("data", "where torchvision's sets are kept")
-    cache_gb: float = option(1.0, "a folder larger than this is streamed, GiB", 0.0, 1e6)
-    workers: int = option(2, "processes that read files", 0, 256)
-    steps: int = option(300, "optimizer steps", 1, 10**9)
-    batch_size: int = option(128, "images per step", 2, 10**6)
-    lr: float = option(1.5e-3, "peak learning rate", 1e-12, 10.0)
-    weight_decay: float = option(0.05, "decay of matrices", 0.0, 10.0)
-    seed: int = option(0, "of all that is random", 0, 2**31)
+    loss: str = option("infonce", f"similarity: {', '.join(SIMILARITIES)}; or crop")
+    mask: str = option("random", f"which patches are hidden: {', '.join(MASKS)}")
+    mask_ratio: float = option(0.75, "share of hidden patches")
+    norm_pix: bool = option(True, "mae, relax: normalise every target patch")
+    relax_weight: float = option(1.0, "relax: lambda, the weight of the constraint")
+    temperature: float = option(0.2, "infonce, crop: tau")
+    model: str = option("nano", f"size of the encoder: {', '.join(SIZES)}")
+    patch_size: int = option(4, "side of a patch in pixels")
+    decoder_depth: int = option(1, "number of blocks of the decoder")
+    data: str = option("synthetic", "synthetic, cifar10, cifar100, a folder or a photograph")
+    num_images: int = option(0, "size of a random subset; 0: all images")
+    img_size: int = option(32, "side of a crop in pixels")
+    in_chans: int = option(3, "3: RGB, 1: grey")
+    data_dir: str = option("data", "where torchvision keeps its data sets")
+    cache_gb: float = option(1.0, "a folder that needs more memory is streamed (GiB)")
+    workers: int = option(2, "number of processes that read files")
+    steps: int = option(300, "number of optimizer steps")
+    batch_size: int = option(128, "images in a step, over all processes")
+    lr: float = option(1.5e-3, "peak learning rate")
+    weight_decay: float = option(0.05, "weight decay of matrices")
+    seed: int = option(0, "random seed")
     out: str = option("", "folder of the run; empty: runs/LOSS-DATA")
-    resume: bool = option(False, "go on with the run in that folder")
-    save_every: int = option(500, "steps between checkpoints", 1, 10**9)
+    resume: bool = option(False, "resume the run in that folder")
+    save_every: int = option(500, "steps between checkpoints")
     device: str = option("auto", "auto, cpu, cuda or mps")
-    precision: str = option("auto", "of matrix products", "auto", "float32", "bfloat16")
-
-
-def fail(message):
-    """A mistake of the user's: one line on stderr, exit status 2."""
-    tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-@contextmanager
-def blame(what, kind=Exception):
-    """Make of an error inside, of that kind, one line that begins with `what`, and end."""
-    try:
-        yield
-    except pickle.UnpicklingError:
-        fail(f"{what} (not written by torch, or it would run code)")
-    except kind as error:
-        fail(f"{what} ({' '.join(str(error).split())[:300] or type(error).__name__})")
+    precision: str = option("auto", "float32, bfloat16; auto: bfloat16 where it is native")
+    compile: str = option("auto", "yes, no; auto: on CUDA, for 2,000 steps and more")
 
 
 def parse(cls, description, args):
-    """An instance of `cls` from a command line: a tuple is positional, other fields are options."""
-    parser = argparse.ArgumentParser(None, "%(prog)s [options]", description, allow_abbrev=False)
-    parser.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 34, 100)
-    parser.error = fail
-    group, kinds = parser, {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"nargs": "*"}}
+    """An instance of cls, a dataclass of options, from the command line. Raises Mistake."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
     for f in fields(cls):
-        about, valid = f"{f.metadata['help']} [{f.default}]", f.metadata["valid"]
-        named = valid and (f.type is str or len(valid) > 2)
-        name = None if named else f.type.__name__.upper()
-        kind = {"type": f.type, "choices": valid if named else None, "metavar": name}
-        flag = f.name if f.type is tuple else "--" + f.name.replace("_", "-")
-        group = parser.add_argument_group(GROUPS[f.name]) if f.name in GROUPS else group
-        group.add_argument(flag, default=f.default, help=about, **kinds.get(f.type, kind))
-    config = cls(**vars(parser.parse_args(args)))
-    for f in fields(cls):
-        value, valid = getattr(config, f.name), f.metadata["valid"]
-        if f.type in (int, float) and len(valid) == 2 and not valid[0] <= value <= valid[1]:
-            fail(f"--{f.name.replace('_', '-')} {value}: must be from {valid[0]} to {valid[1]}")
-    return config
-
-
-def sides(size):
-    """Height and width in pixels of 32, "32", "64x96" or (64, 96)."""
-    H, *W = size if isinstance(size, tuple) else map(int, str(size).split("x"))
-    return H, *(W or [H])
-
-
-def patch_grid(config):
-    """Rows and columns of patches; ends the program where there can be none."""
-    p = config.patch_size
-    with blame(f"--img-size {config.img_size}: must be a side in pixels, or HxW"):
-        H, W = sides(config.img_size)
-    if H % p or W % p or not p <= min(H, W) <= max(H, W) <= 4096:
-        fail(f"--patch-size {p}: must divide --img-size {config.img_size}, which is at most 4096")
-    return H // p, W // p
-
-
-# ------------------------------------------------------------------------------------- Data
-
-# mean and deviation of ImageNet's channels, of 0..255: (2, C, 1, 1)
-IMAGENET = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]])[..., None, None]
-SHAPES = ["disc", "bar", "trefoil", "cross", "star", "flower"]  # classes of the synthetic images
-SETS = ["synthetic", "cifar10", "cifar100", "stl10"]  # that --data knows by name
-
-
-def set_seed(seed, stream):
-    """Make all that is random from here on a function of (seed, stream), not of what was before."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0]))
-
-
-def synthetic_images(index, size, seed=0, leaves=24):
-    """Dead leaves: textured leaves of all sizes, one hiding the other, and an object among them.
-
-    Image i is a function of (seed, i) alone and shows SHAPES[i % 6]. Radii follow r**-3, as in
-    natural images (Lee, Mumford, Huang, 2001). index: n integers. Returns uint8 (n, 3, size, size).
-    """
-    u = np.stack([np.random.default_rng([seed, i]).random((leaves + 3, 12)) for i in index])
-    u = torch.from_numpy(u).float()[..., None, None]  # (n, layers, 12, 1, 1) in 0..1
-    shape = torch.tensor(index)[:, None, None] % len(SHAPES)
-    y, x = torch.linspace(-1, 1, size)[:, None], torch.linspace(-1, 1, size)
-    images = u[:, 0, 9:].repeat(1, 1, size, size)
-    for layer in range(leaves + 3):  # the object lies on the leaves, two more leaves on the object
-        top, left, turn, a, b, *t = u[:, layer, :9].unbind(1)  # each (n, 1, 1)
-        spread, radius, petals, depth = 1.2, 0.13 / (1 - 0.95 * a).sqrt(), 2, 0.5 * b
-        if layer == leaves:
-            spread, radius, petals, depth = 0.4, 0.4 + 0.2 * a, shape + (shape > 0), 0.4
-        across, down = x - spread * (2 * left - 1), y - spread * (2 * top - 1)
-        angle = torch.atan2(down, across) + 2 * math.pi * turn
-        edge = radius * (1 + depth * (petals * angle).cos())
-        inside = (edge - torch.hypot(across, down)) * size / 2 + 0.5  # in pixels
-        stripes = ((across * (t[0] - 0.5) + down * (t[1] - 0.5)) * 9 / radius + 6 * t[2]).sin()
-        colour = 0.1 + 0.8 * u[:, layer, 9:] + (0.3 * t[3] * stripes)[:, None]
-        images.lerp_(colour, inside.clamp(0, 1)[:, None])
-    return (images.clamp(0, 1) * 255).round().byte()
-
-
-def outlive(worker):
-    """To a worker: a SIGTERM to all processes of the run is the training's, which saves first."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-@dataclass(eq=False)
-class Images(Dataset):
-    """Named images, kept as pixels, or files of which each is read when its turn comes."""
-
-    names: list
-    pixels: torch.Tensor | None = None  # uint8 (n, C, H, W)
-    size: tuple | None = None  # width and height that a file is scaled and cut to; None: its own
-    mode: str = "RGB"  # PIL's
-    scale: torch.Tensor = IMAGENET
-
-    def __len__(self):
-        return len(self.names)
-
-    def __getitem__(self, i):
-        """(i, uint8 (C, H, W)) of file i or, if it is damaged, of the next that is not."""
-        for j in ((i + k) % len(self) for k in range(len(self))):
-            try:
-                with Image.open(self.names[j]) as image:
-                    image.draft(None, self.size)  # a large JPEG is decoded at 1/2, 1/4 or 1/8
-                    ImageOps.exif_transpose(image, in_place=True)
-                    if image.mode.startswith("I"):  # 16 bits a pixel: convert() would cut them off
-                        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype("u1"))
-                    image = image.convert(self.mode)
-                    image = ImageOps.fit(image, self.size or image.size, Image.Resampling.BILINEAR)
-                return j, v2.functional.pil_to_tensor(image)
-            except Exception as error:  # noqa: BLE001 (decoders raise anything)
-                reason = f"{self.names[j]}: {str(error)[:80]}"
-            if len(self) > 1:
-                print(f"skipped {reason}", file=sys.stderr)
-        fail(f"--data: none of {len(self)} images can be decoded ({reason})")
-
-    def batches(self, indices, device, workers=0):
-        """For each list of indices: it, and uint8 (B, C, H, W), or (1, C, H, W) if n = 1."""
-        if self.pixels is None:
-            options = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
-            options["worker_init_fn"] = outlive
-            options["generator"] = torch.Generator()  # the global one is for crops and masks
-            for index, pixels in DataLoader(self, batch_sampler=indices, **options):
-                yield index, pixels.to(device, non_blocking=True)
-            return
-        pixels = self.pixels.to(device)
-        for index in map(torch.tensor, indices):
-            yield index, pixels if len(self) == 1 else pixels[index.to(device, non_blocking=True)]
-
-    def normalise(self, images):
-        """Images (B, C, H, W) of 0..255 -> of mean 0 and deviation 1, about."""
-        mean, std = self.scale.to(images.device, non_blocking=True)
-        return (images - mean) / std
-
-
-def open_data(config, train=True, count=0):
-    """The Images that config.data names; the folder in the name of each is its class.
-
-    count: so many of them, by a permutation that config.seed gives; 0: all.
-    """
-    data, (h, w), size, pixels, found = config.data, sides(config.img_size), None, None, []
-    mode = {1: "L", 4: "RGBA"}.get(config.in_chans, "RGB")
-    if data == "synthetic":
-        names = [f"{SHAPES[i % 6]}/{i}" for i in (range(5000) if train else range(5000, 6000))]
-        if mode != "RGB" or h != w:
-            fail(f"--data {data}: such images are square and RGB; take a folder, or a photograph")
-    elif data in SETS:
-        part = train if data != "stl10" else "train+unlabeled" if train else "test"
-        with blame(f"--data {data}: cannot be had"):
-            found = getattr(datasets, data.upper())(config.data_dir, part, download=True)
-        classes = [*found.classes, "unlabelled"]  # STL10's -1
-        names = [f"{classes[label]}/{i}" for i, (_, label) in enumerate(found)]
-    else:  # a photograph, or a folder: of train/CLASS and test/CLASS, or of any depth
-        parts = [Path(data, part) for part in (["train"] if train else ["test", "val"])]
-        root = next(filter(Path.is_dir, parts), Path(data))
-        if not train and root not in parts and Path(root, "train").is_dir():
-            fail(f"--data {data}: has train, but no test or val to report on")
-        walk = os.walk(root, followlinks=True) if data else []
-        files = [root] if root.is_file() else [Path(at, f) for at, _, some in walk for f in some]
-        names = sorted(str(f) for f in files if f.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
-    if not names:
-        known = [*SETS, "a folder", "a photograph"]
-        known = difflib.get_close_matches(data, known, 1) or known
-        fail(f"--data {data}: no images there; did you mean {' or '.join(known)}?")
-    if count > len(names):
-        fail(f"--num-images {count}: --data {data} has {len(names)}")
-    keep = np.random.default_rng([config.seed, 1]).permutation(len(names))[:count]
-    keep, n = keep if count else range(len(names)), count or len(names)
-    names = [names[i] for i in keep]
-    if found:
-        pixels = torch.stack([v2.functional.pil_to_tensor(found[i][0].convert(mode)) for i in keep])
-    if data == "synthetic":
-        side = 8 * h if n == 1 else h  # crops of a lone image come from all its scales
-        chunks = torch.tensor([int(name.split("/")[1]) for name in names]).split(100)  # fit caches
-        pixels = torch.cat([synthetic_images(i.tolist(), side) for i in chunks])
-    if pixels is None:
-        # Files are brought to one size: to that of a crop or, where they are larger, to up to twice
-        # that. A lone photograph, from which all crops come, keeps its shape and more detail.
-        H, W = Images(names)[0][1].shape[1:]
-        held = min(H / h, W / w)  # so many crops fit, side by side
-        shape, most = ((w, h), 2) if n > 1 else ((W / held, H / held), 16)
-        size = tuple(round(side * max(1, min(held, most))) for side in shape)
-    data = Images(names, pixels, size, mode)
-    if size and (n == 1 or n * len(mode) * size[0] * size[1] <= config.cache_gb * 2**30):
-        every = BatchSampler(range(n), 256, drop_last=False)
-        index, pixels = zip(*data.batches(every, "cpu", config.workers if n > 1000 else 0))
-        index = torch.cat(index).tolist()
-        if len({*index}) < n:
-            print(f"skipped {n - len({*index})} of {n}, others twice instead", file=sys.stderr)
-        data = replace(data, names=[names[i] for i in index], pixels=torch.cat(pixels))
-    if mode != "RGB":  # its own mean and deviation, of up to 256 images
-        _, pixels = next(data.batches([list(range(min(n, 256)))], "cpu"))
-        pixels = pixels.float().transpose(0, 1).flatten(1)  # (C, pixels)
-        data.scale = torch.stack([pixels.mean(1), pixels.std(1).clamp(min=1)])[..., None, None]
-    return data
-
-
-def random_crops(images, u, size, smallest=0.2):
-    """RandomResizedCrop and flip: float (B, C, h, w) of 0..255, in one call.
-
-    images: uint8 (B, C, H, W), or (1, C, H, W) to cut all from one. u: (5, B) in 0..1, from which
-    all is drawn. size: h, w or one side. The area is `smallest` to 1 of the image, or from where a
-    crop has one pixel for each of its own, if that is less; its shape that of `size`, give or take
-    4:3. Of a lone image all scales are alike: else most crops would show most of it.
-    """
-    (H, W), (h, w) = images.shape[2:], sides(size)
-    smallest = min(smallest, h * w / (H * W))
-    area = smallest ** u[0] if len(images) == 1 else smallest + (1 - smallest) * u[0]
-    side = (area * H * W).sqrt()
-    stretch = ((u[1] - 0.5) * math.log(4 / 3)).exp() * math.sqrt(w / h)  # the root of the ratio
-    width, height = (side * stretch).clamp(max=W), (side / stretch).clamp(max=H)
-    left, top = u[2] * (W - width), u[3] * (H - height)
-    which = torch.arange(u.shape[1], device=u.device) % len(images)
-    boxes = torch.stack([which, left, top, left + width, top + height], dim=1)
-    crops = roi_align(images.float(), boxes, (h, w), aligned=True)  # where it shrinks, it averages
-    return torch.where((u[4] < 0.5)[:, None, None, None], crops.flip(3), crops)
-
-
-# ------------------------------------------------------------------------------------ Masks
-# mask: bool (B, N), True = hidden; grid: rows and columns of patches; ratio: share that is hidden
-
-
-def hide(score, ratio):
-    """Hide the round(ratio * N) patches of each row whose score (B, N) is smallest."""
-    order = score.argsort(dim=1)[:, : round(ratio * score.shape[1])]
-    return torch.zeros_like(score, dtype=torch.bool).scatter_(1, order, True)
-
-
-def places(grid, device=None):
-    """Row and column (N, 2) of each patch."""
-    return torch.cartesian_prod(*(torch.arange(n, device=device) for n in grid))
-
-
-def random_mask(batch, grid, ratio, generator=None, device=None):
-    """Patches hidden independently of one another, as in MAE."""
-    return hide(torch.rand(batch, math.prod(grid), generator=generator, device=device), ratio)
-
-
-def block_mask(batch, grid, ratio, generator=None, device=None):
-    """One rectangle hidden, of random place and proportions, cut to the exact count."""
-    u = torch.rand(batch, 1, 3, generator=generator, device=device)
-    extent = torch.tensor(grid, device=device)
-    away = (places(grid, device) + 0.5 - u[..., :2] * extent).abs() / extent  # (B, N, 2)
-    stretch = (u[..., 2] - 0.5).exp()  # of rows against columns: 0.6 to 1.6
-    return hide(torch.maximum(away[..., 0] * stretch, away[..., 1] / stretch), ratio)
-
-
-def grid_mask(batch, grid, ratio, generator=None, device=None):
-    """Alike in all 2 x 2 patches: at 0.75 every second row and column of them stays visible."""
-    u = torch.rand(batch, math.prod(grid), generator=generator, device=device)
-    row, col = ((places(grid, device) + (u[:, None, :2] < 0.5)) % 2).unbind(-1)  # (B, N)
-    return hide(u + torch.tensor([[3, 0], [1, 2]], device=device)[row, col], ratio)
-
-
-MASKS = {"random": random_mask, "block": block_mask, "grid": grid_mask}
-
-# ------------------------------------------------------------------------------------ Model
-# B images of N patches, V of them visible and H hidden; D width, P = p*p*C numbers in a patch
-
-
-def patchify(images, patch_size):
-    """(B, C, H, W) -> (B, N, P), patches row by row, each laid out as rows, columns, channels."""
-    x = images.unflatten(2, (-1, patch_size)).unflatten(4, (-1, patch_size))  # (B, C, h, p, w, p)
-    return x.permute(0, 2, 4, 3, 5, 1).flatten(1, 2).flatten(2)
-
-
-def unpatchify(patches, grid, patch_size):
-    """(B, N, P) -> (B, C, H, W), the inverse of patchify. grid: (H/p, W/p)."""
-    x = patches.unflatten(1, grid).unflatten(3, (patch_size, patch_size, -1))  # (B, h, w, p, p, C)
-    return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
-
-
-def sincos_positions(grid, dim):
-    """Fixed 2-D positions (1, 1+N, D), zero for the class token; MAE's layout: column, then row."""
-    frequency = (-math.log(10000) / (dim // 4) * torch.arange(dim // 4).double()).exp()
-    angle = places(grid).flip(1)[..., None] * frequency  # (N, 2, D/4)
-    table = torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(1)  # (N, D)
-    return torch.cat([torch.zeros(1, dim), table.float()])[None]
-
-
-def split(mask, num_hidden=None):
-    """Indices of the visible (B, V) and of the hidden (B, H) patches, each in ascending order.
-
-    num_hidden: how many each row hides, where known; to count them would make a GPU wait.
-    """
-    if num_hidden is None:
-        num_hidden = int(mask[0].sum())
-        if (mask.sum(1) != num_hidden).any():
-            raise ValueError("every row of a mask must hide the same number of patches")
-    order = mask.byte().argsort(dim=1, stable=True)
-    return order.split([mask.shape[1] - num_hidden, num_hidden], dim=1)
-
-
-def take(x, index):
-    """Tokens of x (B or 1, N, D) at index (B, K): (B, K, D)."""
-    return x.expand(len(index), -1, -1).gather(1, index[..., None].expand(-1, -1, x.shape[2]))
-
-
-class Attention(nn.Module):
-    """Self-attention of tokens (B, N, D)."""
-
-    def __init__(self, dim, num_heads):
-        super().__init__()
-        self.num_heads, self.qkv = num_heads, nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x):
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D/heads)
-        if x.is_cuda:
-            x = F.scaled_dot_product_attention(q, k, v)
-        else:  # on a CPU, 17 to 65 tokens: as fast in float32, steps 1.5 times faster in bfloat16
-            x = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1) @ v
-        return self.proj(x.transpose(1, 2).flatten(2))
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block. drop_path: chance that a sample skips a branch in training."""
-
-    def __init__(self, dim, num_heads, mlp_ratio=4.0):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn, self.mlp, self.drop_path = Attention(dim, num_heads), nn.Sequential(), 0.0
-        self.mlp.fc1, self.mlp.act = nn.Linear(dim, int(dim * mlp_ratio)), nn.GELU()
-        self.mlp.fc2 = nn.Linear(int(dim * mlp_ratio), dim)
-        for linear in (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
-
-    def forward(self, x):
-        x = x + stochastic_depth(self.attn(self.norm1(x)), self.drop_path, "row", self.training)
-        return x + stochastic_depth(self.mlp(self.norm2(x)), self.drop_path, "row", self.training)
-
-
-class ViT(nn.Module):
-    """Vision transformer with timm's names, that leaves hidden patches out before its first layer.
-
-    img_size: side in pixels, or (H, W). Raises ValueError where patch_size does not divide it.
-    """
-
-    def __init__(self, img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio=4.0):
-        super().__init__()
-        H, W = sides(img_size)
-        if H % patch_size or W % patch_size:
-            raise ValueError(f"patches of {patch_size} do not divide an image of {H} x {W}")
-        self.patch_size, self.grid = patch_size, (H // patch_size, W // patch_size)
-        self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim) * 0.02)
-        self.register_buffer("pos_embed", sincos_positions(self.grid, embed_dim))
-        self.patch_embed = nn.Sequential()
-        self.patch_embed.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(embed_dim, -1))
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-
-    def forward(self, images, mask=None, num_hidden=None):
-        """images (B, C, H, W), mask (B, N) or None: all visible -> (B, 1 + V, D), class first."""
-        patches, pos = patchify(images, self.patch_size), self.pos_embed[:, 1:]
-        if mask is not None:
-            visible, _ = split(mask, num_hidden)
-            patches, pos = take(patches, visible), take(pos, visible)
-        proj = self.patch_embed.proj  # a convolution's weights, used as the matrix they are here
-        x = F.linear(patches, proj.weight.permute(0, 2, 3, 1).flatten(1), proj.bias) + pos
-        cls = self.cls_token + self.pos_embed[:, :1]
-        x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + V, D)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
-
-
-class Decoder(nn.Module):
-    """MAE's decoder: from the tokens of visible patches a prediction for each target patch."""
-
-    def __init__(self, grid, in_dim, embed_dim, depth, num_heads, out_dim):
-        super().__init__()
-        self.decoder_embed = nn.Linear(in_dim, embed_dim)
-        self.mask_token = nn.Parameter(torch.randn(1, 1, embed_dim) * 0.02)
-        self.register_buffer("decoder_pos_embed", sincos_positions(grid, embed_dim))
-        self.decoder_blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
-        self.decoder_norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.decoder_pred = nn.Linear(embed_dim, out_dim)
-
-    def forward(self, tokens, visible, targets):
-        """tokens (B, 1 + V, D), indices visible (B, V) and targets (B, K) -> (B, K, out_dim)."""
-        pos, x = self.decoder_pos_embed, self.decoder_embed(tokens)
-        x = x + take(pos, F.pad(visible + 1, (1, 0)))  # the class token's position is the first
-        x = torch.cat([x, self.mask_token + take(pos, targets + 1)], dim=1)  # in any order:
-        for block in self.decoder_blocks:  # attention does not mind
-            x = block(x)
-        return self.decoder_pred(self.decoder_norm(x[:, -targets.shape[1] :]))
-
-
-# ----------------------------------------------------------------------------- Similarities
-
-
-def mae_loss(pred, x, mask=None):
-    """(2)  L = || ( d(f(x M)) - x ) (1-M) ||^2, averaged over what is hidden.
-
-    pred, x: (B, N, P) with mask (B, N), True = hidden; or (B, H, P), hidden patches only, without.
-    """
-    error = (pred - x).square().mean(-1)  # (B, N)
-    return error.mean() if mask is None else (error * mask).sum() / mask.sum()
-
-
-def relax_loss(d1, d2, x, weight=1.0, mask=None):
-    """(5)  || ( d(z1) - d'(z2) ) (1-M) ||^2 + lambda || ( d'(z2) - x ) (1-M) ||^2.
-
-    d1 = d(z1), d2 = d'(z2), x: shapes and mask as in mae_loss; equal to it where d' is perfect.
-    The measurement teaches d alone, d' has the constraint: it would go to meet d halfway, both near
-    the mean (CIFAR-10, 61,000 crops: 43.5 % after fine-tuning then, 47.4 % so, scratch 40.9 %).
-    """
-    return mae_loss(d1, d2.detach(), mask) + weight * mae_loss(d2, x, mask)
-
-
-def info_nce(q, k, temperature):
-    """(6)  -log( exp(q_i k_i / tau) / sum_j exp(q_i k_j / tau) ), averaged over the queries.
-
-    q, k: (..., n, D), made unit vectors here; k_i answers q_i, the other n - 1 are its negatives.
-    Returns the loss, about log(n) for features that say nothing, and the share of queries whose
-    answer is the nearest candidate, 1/n by chance.
-    """
-    q, k = F.normalize(q.float(), dim=-1), F.normalize(k.float(), dim=-1)
-    with torch.autocast(q.device.type, enabled=False):  # bfloat16 is too coarse for exp(1 / tau)
-        logits = q @ k.mT / temperature  # (..., n, n)
-    loss = logits.logsumexp(-1) - logits.diagonal(dim1=-2, dim2=-1)  # (..., n)
-    right = logits.argmax(-1) == torch.arange(logits.shape[-1], device=q.device)
-    return loss.mean(), right.float().mean()
-
-
-# --------------------------------------------------------------------------------- RelaxMIM
-
-# torchrun starts WORLD processes; of a batch each takes the rows MINE
-RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-MINE = slice(RANK, None, WORLD)
-
-
-def gather(x):
-    """The rows (B, ...) that all processes have of x, in the batch's order, with gradients."""
-    return x if WORLD == 1 else torch.stack(all_gather(x), dim=1).flatten(0, 1)
-
-
-class RelaxMIM(nn.Module):
-    """Two views of each image, one encoder f, and a measurement of how alike it finds them."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config, (dim, depth, heads) = config, SIZES[config.model]
-        self.encoder = ViT(config.img_size, config.patch_size, config.in_chans, dim, depth, heads)
-        N = math.prod(self.encoder.grid)
-        self.hidden1 = round(config.mask_ratio * N)  # patches that view 1 hides
-        self.hidden2 = N - (self.hidden1 + 1) // 2  # view 2 shows half of these, a random one
-        if config.transform == "crop":  # a projection head, as in SimCLR
-            self.head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
-            return
-        out_dim = dim if config.loss == "infonce" else config.in_chans * config.patch_size**2
-        self.decoder = Decoder(self.encoder.grid, dim, dim, config.decoder_depth, heads, out_dim)
-        if config.loss == "relax":
-            self.head = nn.Linear(dim, out_dim)  # d' of (3)
-
-    def forward(self, view1, view2, mask1, mask2):
-        """The loss and a dict of figures to watch, of views (B, C, H, W) and their masks (B, N).
-
-        The targets, (B, K), are what view 2 shows: a random half of what view 1 hides. For mae as
-        for the others, that costs a fifth less than all, and no accuracy (48.7 % and 48.8 %).
-        """
-        c = self.config
-        if c.transform == "crop":  # conventional siamese learning: pooled features, nothing hidden
-            q, k = (self.head(self.encoder(x)[:, 1:].mean(1)) for x in (view1, view2))  # (B, D)
-            figures, q, k = {"feature_std": spread(q)}, gather(q), gather(k)
+        name = "--" + f.name.replace("_", "-")
+        settings = {"default": f.default, "help": f"{f.metadata['help']} [{f.default}]"}
+        if f.metadata["nargs"]:
+            parser.add_argument(f.name, nargs=f.metadata["nargs"], **settings)
+        elif f.type is bool:
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, **settings)
         else:
-            visible, targets = split(mask1, self.hidden1)[0], split(mask2, self.hidden2)[0]
-            z1 = self.encoder(view1, mask1, self.hidden1)  # f(x M): (B, 1 + V, D)
-            d1 = self.decoder(z1, visible, targets).float()  # d(z1): (B, K, P), or q: (B, K, D)
-            figures = {"feature_std": spread(z1[:, 1:].mean(1))}
-        if c.loss == "infonce":
-            if c.transform == "mask":
-                with torch.no_grad():  # with a gradient: a short cut, 39.9 %, not 51.0 %
-                    z2 = self.encoder(view2, mask2, self.hidden2)[:, 1:]  # f(x (1-M)): (B, K, D)
-                q, k = (centred(tokens, targets, mask2.shape[1]) for tokens in (d1, z2))
-            loss, accuracy = info_nce(q, k, c.temperature)
-            return loss, {**figures, "accuracy": accuracy, "log_candidates": math.log(q.shape[-2])}
-        x = take(patchify(view1, c.patch_size), targets)  # x (1-M): (B, K, P)
-        if c.norm_pix:
-            x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()
-        if c.loss == "mae":
-            return mae_loss(d1, x), figures
-        d2 = self.head(self.encoder(view2, mask2, self.hidden2)[:, 1:]).float()  # d'(z2): (B, K, P)
-        figures["output_std"] = d2.detach().flatten(0, 1).std(0).mean()  # 0: collapsed
-        return relax_loss(d1, d2, x, c.relax_weight), figures
+            parser.add_argument(name, type=f.type, metavar=f.type.__name__.upper(), **settings)
+    try:
+        return cls(**vars(parser.parse_args(args)))
+    except argparse.ArgumentError as error:
+        raise Mistake(str(error)) from None
 
 
-def centred(tokens, targets, N):
-    """Tokens (B, K, D) of the places `targets` (B, K) without their batch's mean at each of N.
-
-    Of k that mean would be the answer. Of q, in which an unlucky initialisation makes it large, the
-    encoder would shrink its features to be rid of it.
-    """
-    x = F.pad(tokens.float(), (0, 1), value=1.0).flatten(0, 1)  # the last column counts
-    sums = x.new_zeros(N, x.shape[1]).index_add(0, targets.flatten(), x)
-    sums = gather(sums[None]).sum(0)  # (N, D + 1)
-    # embedding() adds up its gradient in order; that of [targets] would differ from run to run
-    return tokens - F.embedding(targets, sums[:, :-1] / sums[:, -1:].clamp(min=1))
+def check_range(config, low, high, *names):
+    """Raise Mistake if one of these options is outside low..high, or NaN."""
+    for name in names:
+        value = getattr(config, name)
+        if not low <= value <= high:
+            name = name.replace("_", "-")
+            raise Mistake(f"--{name} {value}: must be from {low:g} to {high:g}")
 
 
-def spread(features):
-    """How far the directions of features (B, D) differ: 0 where they collapsed, 1 at the most."""
-    return F.normalize(features.detach().float(), dim=-1).std(0, correction=0).norm()
+def check_choice(config, choices, name):
+    """Raise Mistake if this option is none of the choices."""
+    if getattr(config, name) not in choices:
+        known = ", ".join(map(str, choices))
+        raise Mistake(f"--{name.replace('_', '-')} {getattr(config, name)}: must be one of {known}")
 
 
-@torch.no_grad()
-def invariance(encoder, images, mask):
-    """The claim, measured: mean cosine of images and their masked selves, and of different images.
-
-    images: (B, C, H, W); mask: (B, N). Features are the mean of the patch tokens, centred over the
-    batch and both views: what all images share is no likeness. Returns a dict of the two, -1..1.
-    """
-    a, b = (encoder(images, m)[:, 1:].float().mean(1) for m in (None, mask))  # (B, D)
-    centre = torch.cat([a, b]).mean(0)
-    cosine = F.normalize(a - centre, dim=1) @ F.normalize(b - centre, dim=1).T  # (B, B)
-    same, B = cosine.diagonal().mean(), len(a)
-    different = (cosine.mean() * B - same) / (B - 1)
-    return {"invariance": same.item(), "different": different.item()}
-
-
-@torch.no_grad()
-def draw(model, images, mask, scale, folder):
-    """Write features.png and, where pixels are predicted, reconstruction.png: 8 images in columns.
-
-    features.png: original, masked; the patch features of the whole and of the masked image, their
-    first three principal components as colours; the original, lit by the attention that the class
-    token pays in the last block. reconstruction.png: original, masked, predictions pasted in. With
-    norm_pix they lack mean and variance: the nearest visible patch lends its own.
-    """
-    encoder, (visible, hidden), (mean, std) = model.encoder, split(mask), scale.to(images.device)
-    p, grid, attn, qkv = encoder.patch_size, encoder.grid, encoder.blocks[-1].attn, []
-
-    def enlarge(values):  # (B, N, c) -> (B, c, H, W)
-        return F.interpolate(values.mT.unflatten(2, grid), scale_factor=p)
-
-    x = (images * std + mean) / 255  # (B, C, H, W) in 0..1
-    rgb = x[:, :3].expand(-1, 3, -1, -1)  # of grey, three times the same; without alpha
-    masked = torch.where(enlarge(mask[..., None].float()) > 0, 0.5, rgb)
-    hook = attn.qkv.register_forward_hook(lambda module, inputs, output: qkv.append(output))
-    whole, z = encoder(images)[:, 1:].float(), encoder(images, mask).float()
-    hook.remove()
-    q, k, _ = qkv[0].float().unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    light = (q[:, :, :1] * q.shape[-1] ** -0.5 @ k.mT).softmax(-1).mean(1)[:, 0, 1:, None]
-    lit = rgb * enlarge(light / light.amax(1, keepdim=True))
-    centre = whole.mean(0, keepdim=True)  # of each position: (1, N, D)
-    axes = torch.linalg.svd((whole - centre).flatten(0, 1), full_matrices=False)[2][:3].T
-    part = centre.expand_as(whole).scatter(1, visible[..., None].expand_as(z[:, 1:]), z[:, 1:])
-    a, b = ((tokens - centre) @ axes for tokens in (whole, part))  # (B, N, 3)
-    colours = [enlarge(c / (4 * a.std((0, 1))) + 0.5) for c in (a, b)]
-    pictures = {"features": [rgb, masked, *colours, lit]}
-    if model.config.loss != "infonce":
-        d, x = model.decoder(z, visible, hidden).float(), patchify(x, p)  # (B, H, P), (B, N, P)
-        if model.config.norm_pix:
-            at = places(grid, x.device).float()
-            away = torch.cdist(at, at)[hidden].masked_fill(mask[:, None], math.inf)  # (B, H, N)
-            lender = take(x, away.argmin(-1))
-            d = d * lender.std(-1, keepdim=True) + lender.mean(-1, keepdim=True)
-        pasted = unpatchify(x.scatter(1, hidden[..., None].expand_as(d), d), grid, p)
-        pictures["reconstruction"] = [rgb, masked, pasted[:, :3].expand_as(rgb)]
-    for name, rows in pictures.items():
-        rows = torch.cat([row[:8] for row in rows]).clamp(0, 1)
-        rows = F.interpolate(rows, scale_factor=math.ceil(96 / rows.shape[-1]))  # not blurred
-        save_image(make_grid(rows, nrow=8, padding=4), folder / f"{name}.png")
+def check_common(config):
+    """Raise Mistake for what neither pretraining nor fine-tuning can work with."""
+    check_choice(config, SIZES, "model")
+    check_choice(config, ("auto", "float32", "bfloat16"), "precision")
+    check_choice(config, ("auto", "yes", "no"), "compile")
+    check_choice(config, (1, 3), "in_chans")
+    check_range(config, 1, 1e9, "steps", "save_every")
+    check_range(config, 1, 4096, "img_size", "patch_size")
+    check_range(config, 1e-12, 1e3, "lr")
+    check_range(config, 0, 1e6, "weight_decay", "cache_gb", "workers")
+    check_range(config, 0, 2**31, "seed")
+    check_range(config, 2 * WORLD, 1e6, "batch_size")
+    if config.img_size % config.patch_size:
+        raise Mistake(f"--patch-size {config.patch_size}: must divide --img-size {config.img_size}")
+    if config.batch_size % WORLD:
+        raise Mistake(f"--batch-size {config.batch_size}: must be a multiple of {WORLD} processes")
+    if config.data == "synthetic" and config.in_chans != 3:
+        raise Mistake(f"--in-chans {config.in_chans}: the synthetic images are RGB")
 
 
-# --------------------------------------------------------------------------------- Training
+def check(config):
+    """Raise Mistake for what cannot be pretrained."""
+    check_common(config)
+    check_choice(config, [*SIMILARITIES, "crop"], "loss")
+    check_choice(config, MASKS, "mask")
+    check_range(config, 1e-3, 1e3, "temperature")
+    check_range(config, 0, 1e6, "relax_weight")
+    check_range(config, 1, 64, "decoder_depth")
+    check_range(config, 0, 1e9, "num_images")
+    check_range(config, 0, 1, "mask_ratio")
+    N = (config.img_size // config.patch_size) ** 2
+    least = 2 if config.loss == "infonce" else 1  # which needs a negative
+    if not least <= round(config.mask_ratio * N) < N:
+        remedy = f"must hide at least {least} and not all of {N} patches"
+        raise Mistake(f"--mask-ratio {config.mask_ratio}: {remedy}")
 
-FORMAT, LOG_EVERY = 1, 20  # of checkpoint.pt; steps from one line of the log to the next
-# what may differ when a run is resumed
-FREE = {"steps", "out", "resume", "save_every", "workers", "cache_gb", "device"}
+
+# ------------------------------------------------------------------------------------ Training
+
+LOG_EVERY = 20
+FREE = ("steps", "out", "resume", "save_every", "workers", "device", "compile")  # on --resume
+RANK = int(os.environ.get("RANK", "0"))  # torchrun starts WORLD processes;
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+MINE = slice(RANK, None, WORLD)  # each takes these rows of a batch
+
+
+def seed_all(seed, stream):
+    """Make all random numbers from here on a function of (seed, stream)."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, stream]).generate_state(1)[0]))
 
 
 def learning_rate(step, config):
-    """Up in a tenth of the steps, then down half a cosine to 0: a function of the step."""
-    rise = max(1, config.steps // 10)
-    fall = max(0, step - rise) / max(1, config.steps - rise)
-    return config.lr * min((step + 1) / rise, 0.5 + 0.5 * math.cos(math.pi * fall))
+    """Linear warm-up for a tenth of the steps, then half a cosine down to 0."""
+    warmup = max(1, config.steps // 10)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, config.steps - warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def decay_groups(parameters, weight_decay, scale=1.0):
-    """Parameter groups in which only what has two dimensions or more decays."""
+def decay_groups(parameters, weight_decay, lr_scale=1.0):
+    """Parameter groups for AdamW: only tensors of two or more dimensions decay."""
+    parameters = list(parameters)
     matrices = {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay}
     vectors = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
-    return [{**group, "scale": scale} for group in (matrices, vectors)]
+    return [{**group, "lr_scale": lr_scale} for group in (matrices, vectors)]
 
 
 def pick_device(config):
-    """The device asked for, or the best there is; and autocast to bfloat16 where that is native."""
-    best = torch.accelerator.current_accelerator(True) or torch.device("cpu")
-    device = best.type if config.device == "auto" else config.device
-    with blame(f"--device {device}: not to be had here; auto takes what is"):
-        if WORLD > 1 and device == "cuda":  # each process its own, before any touches the first
+    """The device that config asks for, and autocast to bfloat16, if that is native or asked for."""
+    name = config.device
+    if name == "auto":
+        name = getattr(torch.accelerator.current_accelerator(True), "type", "cpu")
+    try:
+        if WORLD > 1 and name == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        probe = torch.zeros(1, device=device)
-        kind, _ = probe.device.type, probe.item()  # "meta" would have no values
+        torch.zeros(1, device=name).item()
+    except Exception as error:  # noqa: BLE001 (each backend has its own)
+        raise Mistake(f"--device {name}: {str(error).splitlines()[0]}; try auto") from None
     if WORLD > 1 and not distributed.is_initialized():
-        distributed.init_process_group()  # nccl for tensors on CUDA, gloo on the CPU
-    native = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-    native = torch.cuda.is_bf16_supported(False) if kind == "cuda" else native and kind == "cpu"
-    low = native if config.precision == "auto" else config.precision == "bfloat16"
-    return device, torch.autocast(kind, torch.bfloat16, enabled=low)
+        distributed.init_process_group()
+    native = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "cpu":
+        native = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    enabled = native if config.precision == "auto" else config.precision == "bfloat16"
+    return torch.device(name), torch.autocast(name, torch.bfloat16, enabled=enabled)
 
 
-def load_checkpoint(path):
-    """The content of a checkpoint, or of the one in a run's folder; nothing in it is executed.
-
-    Weights as MAE publishes them, {"model": {...}}, or timm, {...}, come in the same form: as the
-    encoder, without MAE's decoder or a head for the class token, and with what their shapes say as
-    config.
-    """
-    path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
-    with blame(f"{path}: not a checkpoint that can be used here"):
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        weights = content.get("model", content)
-        if "patch_embed.proj.weight" in weights:
-            others = ["decoder", "mask_token", *(["head"] if "norm.weight" in weights else [])]
-            left = {k.split(".")[0] for k in weights if k.startswith(tuple(others))}
-            weights = {k: v for k, v in weights.items() if k.split(".")[0] not in left}
-            if left:
-                print(f"{path}: leaves out {', '.join(sorted(left))}", file=sys.stderr)
-            dim, chans, _, p = weights["patch_embed.proj.weight"].shape
-            depth = len({k.split(".")[1] for k in weights if k.startswith("blocks.")})
-            model = {size[:2]: name for name, size in SIZES.items()}.get((dim, depth))
-            if model is None:
-                raise ValueError(f"no --model has width {dim} and depth {depth}")
-            side = math.isqrt(weights["pos_embed"].shape[1] - 1) * p
-            config = {"model": model, "patch_size": p, "img_size": str(side), "in_chans": chans}
-            return {"encoder": weights, "config": {**config, "linear_probe": False}}
-        needs = {"format", "step", "encoder", "optimizer", "model", "patch_size", "img_size"}
-        lacks = needs - {*content, *content.get("config", {})}
-        if lacks or content["format"] > FORMAT:
-            raise ValueError(f"it lacks {lacks}" if lacks else "its format is newer")
-    return content
+def wrap(model, config, device):
+    """The model, compiled if the run is long enough to pay for it, and distributed if need be."""
+    pays = device.type == "cuda" and config.steps >= 2000
+    if config.compile == "yes" or (config.compile == "auto" and pays):
+        # CUDA graphs: else the host, which queues a thousand kernels a step, is the bottleneck
+        model = torch.compile(model, mode="reduce-overhead" if WORLD == 1 else "default")
+    return nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
 
 
-def encoder_weights(content, grid):
-    """The encoder's weights in a checkpoint's content, with positions for `grid`.
+@contextmanager
+def command_line():
+    """Turn a Mistake into one line and exit status 2, and leave no worker behind."""
+    sys.stderr.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    except Mistake as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    finally:  # workers ignore SIGTERM, so Python's own exit would wait for them for ever
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in multiprocessing.active_children():
+            worker.kill()
 
-    Sin-cos positions are made anew, learned ones interpolated.
-    """
-    weights, config, pos = content["encoder"], content["config"], content["encoder"]["pos_embed"]
-    old = tuple(side // config["patch_size"] for side in sides(config["img_size"]))
-    if old == grid:
-        return weights
-    if torch.allclose(pos, sincos_positions(old, pos.shape[2]), atol=1e-4):
-        return {**weights, "pos_embed": sincos_positions(grid, pos.shape[2])}
-    table = pos[:, 1:].mT.unflatten(2, old)  # (1, D, rows, columns)
-    table = F.interpolate(table, grid, mode="bicubic", antialias=True).flatten(2).mT
-    return {**weights, "pos_embed": torch.cat([pos[:, :1], table], dim=1)}
+
+@contextmanager
+def catch_signals():
+    """A list that takes up Ctrl-C and SIGTERM. The second one ends the program at once."""
+    received = []
+
+    def catch(number, frame):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    handler = catch if RANK == 0 else signal.SIG_IGN  # torchrun ends the others
+    previous = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
-def on_cpu(x):
-    """Tensors, in dicts and lists of any depth, on the CPU: to be opened where there is no GPU."""
-    if isinstance(x, dict):
-        return {key: on_cpu(value) for key, value in x.items()}
-    return list(map(on_cpu, x)) if isinstance(x, list) else x.cpu() if torch.is_tensor(x) else x
+@contextmanager
+def writing(path):
+    """Turn an error of the disk into a Mistake that names path."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save raises the second
+        reason = getattr(error, "strerror", None) or error
+        raise Mistake(f"--out: cannot write {path} ({reason}); the last checkpoint stays") from None
+
+
+def write_text(path, text, mode="w"):
+    """Write or append. Names of files may hold bytes that are not UTF-8."""
+    with writing(path), open(path, mode, encoding="utf-8", errors="surrogateescape") as file:
+        file.write(text)
 
 
 def save_checkpoint(folder, content):
-    """Written beside, flushed to the disk, then renamed: a crash leaves the old or the new one."""
-    with blame(f"--out {folder}: step {content['step']} not saved, the last checkpoint stays"):
+    """Write a temporary file, flush it to the disk, move it into place: old or new, never half."""
+    content = tree_map_only(torch.Tensor, torch.Tensor.cpu, content)  # opens without a GPU
+    with writing(folder / "checkpoint.pt"):
         with open(folder / "checkpoint.tmp", "wb") as file:
-            torch.save(on_cpu(content), file)
+            torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(file.name, folder / "checkpoint.pt")
+        os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
+
+
+def load_checkpoint(path):
+    """A dict of tensors, numbers and strings. Nothing in the file is executed. Raises Mistake."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 (torch, zip and pickle have their own)
+        reason = str(error).split("\n")[0][:100] or type(error).__name__
+        raise Mistake(f"{path}: cannot be loaded ({reason})") from None
 
 
 def start_run(config):
-    """See that the run can be had. Returns the checkpoint to resume from, or None."""
+    """Make the folder of the run. Returns the checkpoint to resume, or None. Raises Mistake."""
     folder = Path(config.out)
-    if config.batch_size % WORLD:
-        fail(f"--batch-size {config.batch_size}: must be a multiple of {WORLD}, the processes")
-    if config.resume:
-        content = load_checkpoint(folder)
-        for name, value in content["config"].items():
-            ours = getattr(config, name, None)
-            if name not in FREE and str(ours) != str(value):
-                fail(f"--{name.replace('_', '-')} {ours}: the run has {value}")
-        if content["step"] > config.steps:
-            fail(f"--steps {config.steps}: the run in {folder} has {content['step']} already")
-        return content
     stale = {"config.json", "images.txt", "log.jsonl", "checkpoint.tmp"}  # before the first save
-    if folder.is_dir() and {path.name for path in folder.iterdir()} - stale:
-        fail(f"--out {folder}: not empty; add --resume, name another, or remove it")
-    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        fail(f"--out {folder}: cannot be written in {above}; name another")
+    if not config.resume:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        if not {path.name for path in folder.iterdir()} <= stale:
+            raise Mistake(f"--out {folder}: not empty; add --resume, or choose another folder")
+        return None
+    content = load_checkpoint(folder / "checkpoint.pt")
+    for name, value in content["config"].items():
+        if name not in FREE and getattr(config, name, None) != value:
+            ours = f"--{name.replace('_', '-')} {getattr(config, name, None)}"
+            raise Mistake(f"{ours}: the run to resume has {value}")
+    if content["step"] > config.steps:
+        raise Mistake(f"--steps {config.steps}: the run has {content['step']} already")
+    if content["config"]["steps"] != config.steps:
+        warn(f"--steps was {content['config']['steps']}: the learning rate follows the new end")
+    return content
 
 
-def fit(config, parts, optimizer, resumed, data, device, forward, watch):
-    """The one loop: from the step that `resumed` had come to, or 0, to config.steps.
-
-    parts: the modules by their names in checkpoint.pt. forward(index, pixels): the loss and a dict
-    of figures of one batch; watch(): figures that cost more. Nothing makes a GPU wait but the log
-    and the check before a checkpoint. Returns the last line of the log.
-    """
-    T, B, folder, caught = config.steps, config.batch_size, Path(config.out), []
-    log, first, lines = folder / "log.jsonl", 0, []
+def open_log(config, images, resumed):
+    """Write config.json, images.txt, and log.jsonl up to the resumed step; return its last line."""
+    folder = Path(config.out)
+    names = "".join(f"{name}\n" for name in images.names)
+    log = []
     if resumed:
-        with blame(f"--resume: the run in {folder} cannot go on"):
-            for name, part in {**parts, "optimizer": optimizer}.items():
-                part.load_state_dict(resumed[name])
-            first, lines = resumed["step"], log.read_text().splitlines(keepends=True)
-            lines = [x for x in lines if x.endswith("}\n")]  # without what a crash left of the last
-            line = json.loads(lines[-1])  # all there is to return, where no step is left
-    if RANK == 0:  # which alone writes
-        folder.mkdir(parents=True, exist_ok=True)
-        log.write_text("".join(x for x in lines if json.loads(x)["step"] <= first))
-        (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-        (folder / "images.txt").write_text("".join(f"{name}\n" for name in data.names))
-        print(f"{len(data)} images, {T} steps of {B} = {T * B / len(data):.1f} epochs, on {device}")
+        if (folder / "images.txt").read_bytes() != names.encode("utf-8", "surrogateescape"):
+            raise Mistake(f"--data {config.data}: not the images that the run began with")
+        lines = (folder / "log.jsonl").read_text().splitlines()
+        log = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be cut off
+        log = [record for record in log if record["step"] <= resumed["step"]]
+    if RANK == 0:
+        write_text(folder / "config.json", json.dumps(asdict(config), indent=2) + "\n")
+        write_text(folder / "images.txt", names)
+        write_text(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in log))
+    return log[-1] if log else {}
 
-    def stop(number, frame):  # a second Ctrl-C or SIGTERM ends the program at once
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
 
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    weights = [p for group in optimizer.param_groups for p in group["params"]]
-    order = torch.Generator().manual_seed(config.seed)  # each epoch takes all images once
-    order = BatchSampler(RandomSampler(data, num_samples=T * B, generator=order), B, False)
-    order = (index[MINE] for index in islice(order, first, None))
-    bar = data.batches(order, device, config.workers)
-    bar = tqdm(bar, total=T, initial=first, unit=" images", unit_scale=B, disable=RANK > 0)
-    for step, (index, pixels) in enumerate(bar, first + 1):
-        set_seed(config.seed, step)  # all that is random in a step is a function of its number
-        rate = learning_rate(step - 1, config)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
-        with blame(f"--batch-size {B}: no memory for it; try a lower one", torch.OutOfMemoryError):
-            loss, figures = forward(index, pixels)
-            loss.backward()
-        norm = nn.utils.clip_grad_norm_(weights, 3.0)
-        logged, halt = step in (1, T) or step % LOG_EVERY == 0, caught[0] if caught else 0
-        if WORLD > 1:  # all stop after the same step
-            halt = int(gather(torch.tensor([halt], device=device)).max()) if logged else 0
-        saved = step == T or step % config.save_every == 0 or halt > 0
-        if (logged or saved) and not norm.isfinite():  # what was not finite once remains so
-            fail(f"step {step}: not finite; the last checkpoint stays, try a lower --lr")
-        optimizer.step()
-        optimizer.zero_grad()
+def process_mean(value, device):
+    """A number, averaged over all processes."""
+    value = torch.as_tensor(value, dtype=torch.float32, device=device)
+    if WORLD > 1:
+        value = value.clone()
+        distributed.all_reduce(value)
+    return value.item() / WORLD
 
-        if logged or halt:
-            line = {"step": step, "loss": gather(loss.detach()[None]).mean().item(), "lr": rate}
-            line |= {k: float(x) for k, x in {"grad_norm": norm, **figures}.items()} | watch()
-            line["images_per_s"] = round(B * (bar.format_dict["rate"] or 0.0), 1)
-            bar.set_postfix({k: f"{line[k]:.3f}" for k in ("loss", "invariance") if k in line})
-            if RANK == 0:
-                with open(log, "a") as file:
-                    file.write(json.dumps(line) + "\n")
-        if saved and RANK == 0:
-            content = {name: part.state_dict() for name, part in parts.items()}
-            content |= {"step": step, "optimizer": optimizer.state_dict(), "scale": data.scale}
-            save_checkpoint(folder, {"format": FORMAT, "config": asdict(config), **content})
-        if halt and step < T:
-            bar.close()
-            print(f"stopped after step {step}; the same command with --resume goes on")
-            raise SystemExit(128 + halt)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    return line
+
+def save_picture(path, rows, columns=()):
+    """Write rows, {label: images (n, 3, H, W) in 0..1}, below the labels of the columns."""
+    images = torch.cat(list(rows.values())).cpu()
+    images = F.interpolate(images, scale_factor=math.ceil(96 / images.shape[-1]))  # not blurred
+    across = len(images) // len(rows)
+    grid = make_grid(images.clamp(0, 1), nrow=across, padding=4, pad_value=1.0)
+    picture = ImageOps.expand(v2.functional.to_pil_image(grid), (170, 24, 0, 0), "white")
+    text = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(16)
+    down = images.shape[2] + 4
+    for i, label in enumerate(rows):
+        text.text((8, 24 + down * (i + 0.5)), label, "black", font, anchor="lm")
+    for i, label in enumerate(columns):
+        x = 170 + (images.shape[3] + 4) * (i + 0.5)
+        text.text((x, 12), label, "black", font, anchor="mm")
+    with writing(path):
+        picture.save(path)
+
+
+@torch.no_grad()
+def draw(model, crops, visible, hidden, path):
+    """Write a picture of crops (B, C, H, W) of 0..255: masked, reconstructed, and their features.
+
+    Colours are the first three principal components of the tokens. With norm_pix, reconstructed
+    patches get the mean and deviation of the originals.
+    """
+    encoder = model.encoder
+    p = encoder.patch_size
+    images = normalize(crops)
+    x = patchify(images, p)  # (B, N, P)
+
+    def paste(pred):  # (B, K, P) in place of the hidden patches, (B, 3, H, W) in 0..1
+        pasted = x.scatter(1, hidden[..., None].expand_as(pred), pred)
+        pixels = denormalize(unpatchify(pasted, encoder.grid, p)) / 255
+        return pixels.expand(-1, 3, -1, -1)
+
+    whole = encoder(images)[:, 1:]  # (B, N, D)
+    z1 = encoder(images, visible)  # (B, 1 + V, D)
+    target = gather_tokens(x, hidden)  # (B, K, P)
+    rows = {"image": paste(target), "visible patches": paste(torch.zeros_like(target))}
+    if isinstance(model, RelaxMIM) and model.similarity.predicts == "pixels":
+        pred = model.decoder(z1, visible, hidden)
+        if model.norm_pix:
+            pred = pred * target.std(-1, keepdim=True) + target.mean(-1, keepdim=True)
+        rows["reconstruction"] = paste(pred)
+    center = whole.mean(dim=0, keepdim=True)  # (1, N, D)
+    masked = center.repeat(len(x), 1, 1)
+    masked = masked.scatter(1, visible[..., None].expand_as(z1[:, 1:]), z1[:, 1:])
+    _, _, axes = torch.linalg.svd((whole - center).flatten(0, 1), full_matrices=False)
+    for label, tokens in (("features of the image", whole), ("of its visible patches", masked)):
+        colors = (tokens - center) @ axes[:3].T  # (B, N, 3)
+        colors = (colors / (4 * colors.std(dim=(0, 1))) + 0.5).mT.unflatten(2, encoder.grid)
+        rows[label] = F.interpolate(colors, scale_factor=p)
+    save_picture(path, rows)
 
 
 def train(config):
-    """One pretraining run, from data to pictures."""
+    """Pretrain. Returns the last line of the log, a dict. Raises Mistake."""
+    check(config)
+    count = f"-{config.num_images}" if config.num_images else ""
+    config.out = config.out or f"runs/{config.loss}-{Path(config.data).stem}{count}"
+    folder = Path(config.out)
+    B = config.batch_size
     device, autocast = pick_device(config)
     resumed = start_run(config)
-    source = load_checkpoint(config.init) if config.init and not resumed else None
-    data = open_data(config, count=config.num_images)
-    set_seed(config.seed, 2**32)
-    model = RelaxMIM(config).to(device)
-    if source:
-        made = "--model {model} --patch-size {patch_size}".format(**source["config"])
-        with blame(f"--init {config.init}: does not fit, it is of {made}"):
-            model.encoder.load_state_dict(encoder_weights(source, model.encoder.grid))
-    groups = decay_groups(list(model.parameters()), config.weight_decay)
+
+    images = open_data(config, count=config.num_images)
+    record = open_log(config, images, resumed)
+
+    seed_all(config.seed, 2**32)
+    encoder = ViT(config.img_size, config.patch_size, config.in_chans, *SIZES[config.model])
+    if config.loss == "crop":
+        model = CropContrast(encoder, config.temperature)
+    else:
+        model = RelaxMIM(
+            encoder,
+            config.loss,
+            config.mask_ratio,
+            config.decoder_depth,
+            config.norm_pix,
+            config.relax_weight,
+            config.temperature,
+        )
+    model = model.to(device)
+    groups = decay_groups(model.parameters(), config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
-    net = torch.compile(model) if device.startswith("cuda") else model
-    net = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
-    jitter = v2.Compose([v2.ColorJitter(0.4, 0.4, 0.4, 0.1), v2.RandomGrayscale(0.2)])
+    parts = {**dict(model.named_children()), "optimizer": optimizer}  # of the checkpoint
+    first = 0
+    if resumed:
+        first = resumed["step"]
+        for name, part in parts.items():
+            part.load_state_dict(resumed[name])
+    net = wrap(model, config, device)
 
-    def augment(pixels, u):
-        """A crop of each image, (B, C, H, W), and in colours of its own if two are compared."""
-        crops = random_crops(pixels, u, config.img_size)
-        if config.transform == "crop":  # as in SimCLR
-            crops = torch.stack([jitter(crop / 255) for crop in crops]) * 255
-        return data.normalise(crops)
-
-    def views(pixels, B, rows=slice(None)):
-        """Two views (B, C, H, W) of B images and what of each is hidden (B, N); `rows` of these."""
-        u, N = torch.rand(2, 5, B, device=device)[..., rows], math.prod(model.encoder.grid)
-        view1 = augment(pixels, u[0])
-        view2 = augment(pixels, u[1]) if config.transform == "crop" else view1
-        mask1 = MASKS[config.mask](B, model.encoder.grid, config.mask_ratio, device=device)
-        # view 2 hides what view 1 shows and half of the rest: smallest scores are hidden first
-        mask2 = hide(torch.rand(B, N, device=device) + mask1, model.hidden2 / N)
-        return view1, view2, mask1[rows], mask2[rows]
-
-    set_seed(config.seed, 2**32 + 1)  # 64 crops and masks, by which the claim is measured
-    index = torch.randperm(max(64, len(data)))[:64] % len(data)
-    _, pixels = next(data.batches([index.tolist()], device))
-    probe, _, probe_mask, _ = views(pixels, 64)
-    watch = autocast(partial(invariance, model.encoder, probe, probe_mask))
-    forward = autocast(lambda index, pixels: net(*views(pixels, config.batch_size, MINE)))
+    seed_all(config.seed, 2**32 + 1)  # the probe: 64 crops and masks by which the claim is measured
+    index = torch.randperm(max(64, len(images)))[:64] % len(images)
+    pixels, _ = next(images.batches([index], device, fill=True))
+    crops = random_crops(pixels, config.img_size, torch.rand(64, 5, device=device))
+    mask = MASKS[config.mask](64, encoder.grid, config.mask_ratio, device=device)
     claim = "cosine of an image and its masked self {invariance:.3f}, of two images {different:.3f}"
     if RANK == 0:
-        print("at the start:", claim.format(**watch()))
-    parts = dict(model.named_children())
-    line = fit(config, parts, optimizer, resumed, data, device, forward, watch)
+        print(f"{len(images)} images, {config.steps} steps of {B}, on {device}")
+        print("at the start:", claim.format(**invariance(encoder, normalize(crops), mask[0])))
+
+    order = islice(batch_order(len(images), B, config.steps, config.seed), first, None)
+    order = (index[MINE] for index in order)
+    batches = images.batches(order, device, config.workers, fill=True)
+    every = 0.1 if sys.stderr.isatty() else 30  # seconds
+    bar = tqdm(batches, total=config.steps, initial=first, mininterval=every, disable=RANK > 0)
+    last_log = first, time.perf_counter()
+    with catch_signals() as received:
+        for step, (pixels, _) in enumerate(bar, first + 1):
+            seed_all(config.seed, step)  # everything random in a step is a function of its number
+            lr = learning_rate(step - 1, config)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+
+            view = random_crops(pixels, config.img_size, torch.rand(B, 5, device=device)[MINE])
+            if config.loss == "crop":
+                view2 = random_crops(pixels, config.img_size, torch.rand(B, 5, device=device)[MINE])
+                view = jitter_colors(view, torch.rand(B, 4, device=device)[MINE])
+                view2 = jitter_colors(view2, torch.rand(B, 4, device=device)[MINE])
+                inputs = (normalize(view), normalize(view2))
+            else:
+                draw_mask = MASKS[config.mask]
+                visible, hidden = draw_mask(B, encoder.grid, config.mask_ratio, device=device)
+                inputs = (normalize(view), visible[MINE], hidden[MINE])
+            with autocast:
+                loss, metrics = net(*inputs)
+            loss.backward()
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 3.0)
+
+            last = step == config.steps or len(received) > 0
+            log = last or step == 1 or step % LOG_EVERY == 0
+            save = last or step % config.save_every == 0
+            if (log or save) and not grad_norm.isfinite():
+                raise Mistake(
+                    f"step {step}: not finite; the last checkpoint stays, try a lower --lr"
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+
+            if log:
+                now = time.perf_counter()
+                record = {"step": step, "epoch": round(step * B / len(images), 2)}
+                record["loss"] = process_mean(loss.detach(), device)
+                record["lr"] = lr
+                record["grad_norm"] = grad_norm.item()
+                for name, value in metrics.items():
+                    record[name] = process_mean(value, device)
+                for name, value in invariance(encoder, normalize(crops), mask[0]).items():
+                    record[name] = value.item()
+                record["images_per_s"] = round(B * (step - last_log[0]) / (now - last_log[1]), 1)
+                last_log = step, now
+                bar.set_postfix(epoch=record["epoch"], loss=f"{record['loss']:.3f}", refresh=False)
+                if RANK == 0:
+                    write_text(folder / "log.jsonl", json.dumps(record) + "\n", "a")
+            if save and RANK == 0:
+                content = {name: part.state_dict() for name, part in parts.items()}
+                save_checkpoint(folder, {"config": asdict(config), "step": step, **content})
+            if last:
+                break
+    bar.close()
+    if record["step"] < config.steps:
+        print(f"stopped after step {record['step']}; add --resume to the command to resume the run")
+        raise SystemExit(128 + received[0])
     if RANK == 0:
-        draw(model, probe, probe_mask, data.scale, Path(config.out))
-        print("at the end:", claim.format(**line))
-        print(", ".join(f"{name} {value:.4g}" for name, value in line.items()))
-        print(f"written to {config.out}")
+        draw(model, crops[:8], mask[0][:8], mask[1][:8], folder / "views.png")
+        print("at the end:", claim.format(**record))
+        print(", ".join(f"{name} {value:.4g}" for name, value in record.items()))
+        print(f"written to {folder}")
+    return record
 
 
-def main(args):
-    config = parse(Config, __doc__, args)
-    N = math.prod(patch_grid(config))
-    least = 3 if config.loss == "infonce" else 1  # half of these are its candidates: 2 at least
-    if not least <= round(config.mask_ratio * N) < N:
-        fail(f"--mask-ratio {config.mask_ratio}: must hide {least} or more of {N} patches, not all")
-    if config.transform == "crop" and (config.loss != "infonce" or config.in_chans == 4):
-        fail(f"--transform crop: needs --loss infonce, not {config.loss}, and no alpha channel")
-    name = "crop" if config.transform == "crop" else config.loss
-    count = f"-{config.num_images}" if config.num_images else ""
-    config.out = config.out or f"runs/{name}-{Path(config.data).stem}{count}"
-    train(config)
+def main(args=None):
+    with command_line():
+        train(parse(Config, __doc__, args))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

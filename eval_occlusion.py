@@ -68,10 +68,7 @@ def check(config):
     for name in masks:
         if name not in mim.MASKS:
             raise Mistake(f"--masks {name}: must be of {', '.join(mim.MASKS)}")
-    mim.check_choice(config, ("drop", "grey", "swap"), "fill")
-    mim.check_range(config, 1, 1000, "mask_seeds")
-    mim.check_range(config, 0, 1e9, "num_images", "cache_gb", "workers", "seed")
-    mim.check_range(config, 1, 1e6, "batch_size")
+    mim.check_values(config)
     if Path(config.out, "occlusion.json").exists() and not config.overwrite:
         raise Mistake(f"--out {config.out}: has results; add --overwrite, or choose another folder")
     return ratios, masks
@@ -302,7 +299,7 @@ def shape_bias(config, subject, device):
         what = f"no SHAPEn-TEXTUREm.png of two of {', '.join(subject.classes)}"
         raise Mistake(f"--cue-conflict {config.cue_conflict}: {what}")
     side = subject.settings["img_size"]
-    images = mim.Images(names, torch.tensor(cues), [], in_chans=3, size=(4 * side, 4 * side))
+    images = mim.Images(names, torch.tensor(cues), [], side=4 * side)
     total = shape = texture = 0
     for pixels, cue in images.batches(torch.arange(len(names)).split(250), device):
         pred = subject.model(whole_images(pixels, side)).argmax(dim=1)

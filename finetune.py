@@ -238,11 +238,8 @@ def neighbour_accuracy(model, train, test, size, device, workers=0, k=20):
 
 def check(config):
     """Raise Mistake for what cannot be fine-tuned."""
-    mim.check_common(config)
-    mim.check_range(config, 0, 1e9, "num_labels")
-    mim.check_range(config, 0.01, 1, "layer_decay", "smallest_crop")
-    mim.check_range(config, 0, 0.99, "drop_path", "label_smoothing")
-    mim.check_range(config, 0, 100, "mixup", "cutmix")
+    mim.check_values(config)
+    mim.check_sizes(config)
     if config.linear_probe and not config.checkpoint:
         raise Mistake("--linear-probe: needs a checkpoint, whose encoder it freezes")
 
@@ -340,7 +337,7 @@ def train(config):
 
             if log:
                 record = {"step": step, "epoch": round(step * B / len(images), 2)}
-                record["loss"] = mim.process_mean(loss.detach(), device)
+                record["loss"] = loss.item()
                 record["lr"] = lr
                 record["grad_norm"] = grad_norm.item()
                 if config.validate and step % (mim.LOG_EVERY * 5) == 0:

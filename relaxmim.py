@@ -189,11 +189,10 @@ class ViT(nn.Module):
 
     def __init__(self, img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio=4.0):
         super().__init__()
-        if isinstance(img_size, int):
-            img_size = (img_size, img_size)
-        if img_size[0] % patch_size or img_size[1] % patch_size:
-            raise ValueError(f"patches of {patch_size} pixels do not divide images of {img_size}")
-        self.grid = (img_size[0] // patch_size, img_size[1] // patch_size)
+        H, W = (img_size, img_size) if isinstance(img_size, int) else img_size
+        if H % patch_size or W % patch_size:
+            raise ValueError(f"patches of {patch_size} pixels do not divide images of {H} x {W}")
+        self.grid = (H // patch_size, W // patch_size)
         self.patch_size = patch_size
         self.in_chans = in_chans
         self.embed_dim = embed_dim
@@ -244,22 +243,18 @@ class Decoder(nn.Module):
 
 
 # -------------------------------------------------------------------------------- Similarities
-# First the losses, functions of tensors; then how each is computed from a model and a batch.
 
 
 def mae_loss(pred, target):
-    """(2)  || (d(z1) - x) (1-M) ||^2
-
-    pred: d(z1), target: x, both at the hidden patches, (B, K, P).
-    """
+    """(2)  || (d(z1) - x) (1-M) ||^2, pred: d(z1), target: x, at the hidden patches, (B, K, P)."""
     return (pred.float() - target.float()).square().mean()
 
 
 def relax_loss(d1, d2, target, weight=1.0):
     """(5)  || (d(z1) - sg[d'(z2)]) (1-M) ||^2 + lambda || (d'(z2) - x) (1-M) ||^2
 
-    d1: d(z1), d2: d'(z2), target: x, all at the hidden patches, (B, K, P); weight: lambda.
-    The first term trains d alone; otherwise d' drifts towards d, and both towards the mean.
+    d1: d(z1), d2: d'(z2), target: x, (B, K, P) each; weight: lambda. The first term trains d alone:
+    otherwise d' drifts towards d, and both towards the mean.
     """
     return mae_loss(d1, d2.detach()) + weight * mae_loss(d2, target)
 
@@ -347,8 +342,7 @@ SIMILARITIES = {  # --loss; add your own here
 class RelaxMIM(nn.Module):
     """Two views of an image, its visible and its hidden patches; one encoder; one similarity.
 
-    loss: a name in SIMILARITIES. norm_pix: normalise every target patch to mean 0 and variance 1.
-    relax_weight: lambda of (5). temperature: tau of (6).
+    loss: a name in SIMILARITIES; relax_weight: lambda of (5); temperature: tau of (6).
     """
 
     def __init__(
@@ -412,11 +406,11 @@ class CropContrast(nn.Module):
 
 @torch.no_grad()
 def invariance(encoder, images, visible):
-    """The claim, measured in float32: have an image and its masked self the same features?
+    """The claim, measured in float32: does an image keep its features when patches are hidden?
 
-    images (B, C, H, W), visible (B, V). Features are mean patch tokens, centered over the batch.
-    Returns the mean cosine of an image and its masked self (invariance, -1..1), that of different
-    images (different), and the spread of the directions (feature_std, 0..1; 0: collapsed).
+    Features are mean patch tokens, centered over the batch. Returns the mean cosine of an image and
+    its masked self (invariance, -1..1), that of different images (different), and the spread of the
+    directions (feature_std, 0..1; 0: collapsed).
     """
     with torch.autocast(images.device.type, enabled=False):
         whole = encoder(images)[:, 1:].mean(dim=1)  # (B, D)
@@ -439,9 +433,10 @@ import os
 import signal
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache, partial
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -452,7 +447,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.ops import roi_align
-from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tv
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -509,26 +504,20 @@ def find_images(folder, ancestors=()):
     return sorted(found)
 
 
-def read_image(path, in_chans, size=None):
-    """One file as uint8 (C, H, W), upright. size: (H, W) to which it is scaled and cropped."""
+def read_image(path, in_chans, side=None):
+    """One file as uint8 (C, H, W), upright; with side, scaled and cropped to (C, side, side)."""
     with Image.open(path) as image:
         if image.mode in ("I", "F"):
             raise ValueError(f"32-bit pixels of mode {image.mode}; convert them to 8 or 16 bits")
-        if size:
-            image.draft(None, size[::-1])  # a large JPEG is decoded at 1/2, 1/4 or 1/8
+        if side:
+            image.draft(None, (side, side))  # a large JPEG is decoded at 1/2, 1/4 or 1/8
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         image = image.convert("L" if in_chans == 1 else "RGB")
-        if size:
-            image = ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR)
-        return v2.functional.pil_to_tensor(image)
-
-
-@cache
-def warn(message):
-    """Print a warning, once."""
-    print(message, file=sys.stderr)
+        if side:
+            image = ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
+        return tv.pil_to_tensor(image)
 
 
 def ignore_sigterm(worker):
@@ -537,13 +526,10 @@ def ignore_sigterm(worker):
 
 
 def collate(batch, fill):
-    """The readable images of a batch: index (b,), pixels (b, C, H, W).
-
-    fill: with their own labels they also take the places of the damaged ones.
-    """
+    """The readable images of a batch, (index, pixels) each. With fill, also in place of others."""
     good = [item for item in batch if item[1] is not None]
     if not good:
-        return torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+        return [], None
     if fill:
         good = [good[i % len(good)] for i in range(len(batch))]
     index, pixels = zip(*good)
@@ -559,48 +545,42 @@ class Images(Dataset):
     classes: list
     pixels: torch.Tensor | None = None  # uint8 (n, C, H, W)
     in_chans: int = 3
-    size: tuple = ()  # (H, W) of files once read
+    side: int | None = None  # of files once read
 
     def __len__(self):
         return len(self.names)
 
     def __getitem__(self, i):
-        """(i, pixels (C, H, W)) of a file; (i, None) if it is damaged."""
+        """Of file i: (i, pixels (C, H, W)), or (i, None) if it is damaged."""
         try:
-            return i, read_image(self.names[i], self.in_chans, self.size)
+            return i, read_image(self.names[i], self.in_chans, self.side)
         except Exception as error:  # noqa: BLE001 (decoders raise anything)
-            warn(f"left out {self.names[i]}: {str(error)[:80]}")
+            warnings.warn(f"left out {self.names[i]}: {str(error)[:80]}", stacklevel=1)
             return i, None
 
     def subset(self, index):
         """The images at index (n,)."""
-        index = torch.as_tensor(index)
-        names = [self.names[i] for i in index]
+        names = [self.names[i] for i in index.tolist()]
         pixels = None if self.pixels is None else self.pixels[index]
         return replace(self, names=names, labels=self.labels[index], pixels=pixels)
 
     def read(self, indices, workers, fill=False):
         """For each index (B,) of indices: index (b,), pixels (b, C, H, W) of its readable files."""
-        loader = DataLoader(
-            self,
-            batch_sampler=(index.tolist() for index in indices),
-            collate_fn=partial(collate, fill=fill),
-            num_workers=workers,
-            worker_init_fn=ignore_sigterm,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # the global one is for crops and masks
-        )
-        for index, pixels in loader:
+        options = {"num_workers": workers, "worker_init_fn": ignore_sigterm}
+        options["pin_memory"] = torch.cuda.is_available()
+        options["generator"] = torch.Generator()  # the global one is for crops and masks
+        options["batch_sampler"] = (index.tolist() for index in indices)
+        for index, pixels in DataLoader(self, collate_fn=partial(collate, fill=fill), **options):
             if len(index) > 0:
                 yield index, pixels
             elif fill:
-                raise Mistake(f"--data: a whole batch cannot be read; see {self.names[0]}")
+                raise Mistake(f"--data: no image of a whole batch can be read; see {self.names[0]}")
 
     def batches(self, indices, device, workers=0, fill=False):
         """For each index (B,) of indices: pixels (B, C, H, W), uint8, and labels (B,), on device.
 
         The pixels of a set of one image are (1, C, H, W). Damaged files are left out, or with fill
-        replaced by other images of their batch.
+        replaced by other images of their batch, with their own labels.
         """
         if self.pixels is None:
             for index, pixels in self.read(indices, workers, fill):
@@ -613,67 +593,59 @@ class Images(Dataset):
             yield pixels if len(self) == 1 else pixels[index], labels[index]
 
 
-def stored_size(names, config):
-    """(H, W) at which files are kept, judged by the first that can be read.
-
-    Squares of one to two times the side of a crop. A lone photograph, from which all crops come,
-    keeps its shape, and up to 16 times that.
-    """
-    for name in names:
-        try:
-            _, H, W = read_image(name, config.in_chans).shape
-        except Exception as error:  # noqa: BLE001 (decoders raise anything)
-            reason = error
-            continue
-        side = max(min(H, W), config.img_size)
-        if len(names) > 1:
-            return (min(side, 2 * config.img_size),) * 2
-        scale = min(side, 16 * config.img_size) / min(H, W)
-        return round(H * scale), round(W * scale)
-    raise Mistake(f"--data {config.data}: none of {len(names)} images can be read ({reason})")
-
-
-def open_files(config, train, labelled):
-    """The Images of a folder or a photograph, none of them read yet."""
+def find_files(config, train, labelled):
+    """Images, none of them read yet, of the folder or the photograph that config.data names."""
     root = Path(config.data)
     if config.data and root.is_file():
-        return Images([config.data], torch.zeros(1, dtype=torch.int64), [])
-    parts = [root / part for part in (("train",) if train else ("test", "val"))]
-    parts = [part for part in parts if part.is_dir()]
-    if not train and not parts and (labelled or (root / "train").is_dir()):
-        raise Mistake(f"--data {config.data}: has no folder test or val to report on")
-    root = parts[0] if parts else root
+        return Images([config.data], torch.tensor([0]), [])
+    parts = [root / part for part in (["train"] if train else ["test", "val"])]
+    found = [part for part in parts if part.is_dir()]
+    if not train and not found and (labelled or (root / "train").is_dir()):
+        raise Mistake(f"--data {root}: has no folder test or val to report on")
+    root = found[0] if found else root
     names = find_images(root) if config.data and root.is_dir() else []
-    classes = []
     labels = [0] * len(names)
+    classes = []
     if labelled:  # the class is the folder directly under root
-        folders = {name: Path(name).relative_to(root).parts[0] for name in names}
-        names = [name for name in names if folders[name] != Path(name).name]
-        classes = sorted({folders[name] for name in names})
-        labels = [classes.index(folders[name]) for name in names]
+        names = [name for name in names if Path(name).parent != root]
+        folders = [Path(name).relative_to(root).parts[0] for name in names]
+        classes = sorted(set(folders))
+        labels = [classes.index(folder) for folder in folders]
     if not names:
         known = "synthetic, cifar10, cifar100, a folder of images or a photograph"
         raise Mistake(f"--data {config.data}: no images found; must be {known}")
     return Images(names, torch.tensor(labels), classes)
 
 
-def read_all(images, workers):
-    """Read all files into memory, without the damaged ones."""
+def read_files(images, config):
+    """Read all files into memory, unless they need more than config.cache_gb.
+
+    Files become squares of one to two times the side of a crop, judged by the first one. A lone
+    photograph, from which all crops come, keeps its shape, and up to 16 times that side.
+    """
+    images.in_chans = config.in_chans
+    readable = (images[i][1] for i in range(len(images)))
+    first = next((pixels for pixels in readable if pixels is not None), None)
+    if first is None:
+        raise Mistake(f"--data {config.data}: none of {len(images)} images can be read")
+    side = min(first.shape[1:])
+    if len(images) == 1:
+        return replace(images, pixels=tv.resize(first, [min(side, 16 * config.img_size)])[None])
+    images.side = min(max(side, config.img_size), 2 * config.img_size)
     n = len(images)
-    pixels = torch.empty(n, images.in_chans, *images.size, dtype=torch.uint8)
+    if n * config.in_chans * images.side**2 > config.cache_gb * 2**30:
+        return images
+    pixels = torch.empty(n, config.in_chans, images.side, images.side, dtype=torch.uint8)
     good = []
-    for index, batch in images.read(torch.arange(n).split(256), workers if n > 1000 else 0):
+    for index, batch in images.read(torch.arange(n).split(256), config.workers if n > 1000 else 0):
         pixels[index] = batch  # a copy: what a worker sends holds a file descriptor
         good += index.tolist()
-    images = replace(images, pixels=pixels)
-    if len(good) == n:
-        return images
-    warn(f"left out {n - len(good)} of {n} images")
-    return images.subset(good)
+    images.pixels = pixels
+    return images if len(good) == n else images.subset(torch.tensor(good))
 
 
 def choose(n, count, seed):
-    """Indices (count,) of a random subset of n images; count 0: all, in order."""
+    """Index (count,) of a random subset of n images; count 0: all, in order."""
     if count == 0:
         return torch.arange(n)
     return torch.from_numpy(np.random.default_rng([seed, 1]).permutation(n)[:count])
@@ -685,34 +657,29 @@ def open_data(config, train=True, labelled=False, count=0):
     labelled: a folder has a folder for each class. count: size of a random subset; 0: all.
     """
     if config.data == "synthetic":
-        index = choose(5000, count, config.seed) if train else torch.arange(5000, 6000)
-        side = config.img_size if len(index) > 1 else 8 * config.img_size  # crops of all scales
-        pixels = [synthetic_images(part.tolist(), side) for part in index.split(100)]
-        names = [f"{SHAPES[i % 6]}/{i}" for i in index.tolist()]
-        return Images(names, index % 6, SHAPES, torch.cat(pixels))
-    if config.data in ("cifar10", "cifar100"):
+        n = 5000 if train else 1000
+        labels = torch.arange(n) % 6
+        images = Images([str(i if train else 5000 + i) for i in range(n)], labels, SHAPES)
+    elif config.data in ("cifar10", "cifar100"):
         kind = datasets.CIFAR10 if config.data == "cifar10" else datasets.CIFAR100
         try:
             found = kind(config.data_dir, train=train, download=True)
         except Exception as error:  # noqa: BLE001 (network, disk or archive)
             raise Mistake(f"--data {config.data}: cannot be had ({error})") from None
-        names = [f"{found.classes[label]}/{i}" for i, label in enumerate(found.targets)]
+        names = [str(i) for i in range(len(found))]
         pixels = torch.from_numpy(found.data).permute(0, 3, 1, 2)
-        if config.in_chans == 1:
-            pixels = v2.functional.rgb_to_grayscale(pixels)
+        pixels = pixels if config.in_chans == 3 else tv.rgb_to_grayscale(pixels)
         images = Images(names, torch.tensor(found.targets), found.classes, pixels)
     else:
-        images = open_files(config, train, labelled)
+        images = find_files(config, train, labelled)
     if count > len(images):
         raise Mistake(f"--num-images {count}: --data {config.data} has {len(images)}")
     images = images.subset(choose(len(images), count, config.seed))
-    if images.pixels is None:
-        images.in_chans = config.in_chans
-        images.size = stored_size(images.names, config)
-        size = len(images) * config.in_chans * math.prod(images.size)
-        if len(images) == 1 or size <= config.cache_gb * 2**30:
-            images = read_all(images, config.workers)
-    return images
+    if config.data == "synthetic":
+        side = config.img_size if len(images) > 1 else 8 * config.img_size  # crops of all scales
+        chunks = torch.tensor([int(name) for name in images.names]).split(100)
+        images.pixels = torch.cat([synthetic_images(part.tolist(), side) for part in chunks])
+    return read_files(images, config) if images.pixels is None else images
 
 
 def normalize(images):
@@ -830,90 +797,79 @@ class Config:
     compile: str = option("auto", "yes, no; auto: on CUDA, for 2,000 steps and more")
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise Mistake(message)
+
+
 def parse(cls, description, args):
     """An instance of cls, a dataclass of options, from the command line. Raises Mistake."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [options]",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=description, formatter_class=form, allow_abbrev=False)
     for f in fields(cls):
         name = "--" + f.name.replace("_", "-")
         settings = {"default": f.default, "help": f"{f.metadata['help']} [{f.default}]"}
         if f.metadata["nargs"]:
-            parser.add_argument(f.name, nargs=f.metadata["nargs"], **settings)
+            name = f.name
+            settings["nargs"] = f.metadata["nargs"]
         elif f.type is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, **settings)
+            settings["action"] = argparse.BooleanOptionalAction
         else:
-            parser.add_argument(name, type=f.type, metavar=f.type.__name__.upper(), **settings)
-    try:
-        return cls(**vars(parser.parse_args(args)))
-    except argparse.ArgumentError as error:
-        raise Mistake(str(error)) from None
+            settings["type"] = f.type
+        parser.add_argument(name, **settings)
+    return cls(**vars(parser.parse_args(args)))
 
 
-def check_range(config, low, high, *names):
-    """Raise Mistake if one of these options is outside low..high, or NaN."""
-    for name in names:
-        value = getattr(config, name)
-        if not low <= value <= high:
-            name = name.replace("_", "-")
-            raise Mistake(f"--{name} {value}: must be from {low:g} to {high:g}")
+def check_values(config):
+    """Raise Mistake for a number out of range, or a name that is not known. For all scripts."""
+    lowest = {"lr": 1e-12, "temperature": 1e-3, "layer_decay": 0.01, "smallest_crop": 0.01}
+    for name in ("steps", "save_every", "batch_size", "patch_size", "decoder_depth", "mask_seeds"):
+        lowest[name] = 1
+    highest = {"mask_ratio": 1, "layer_decay": 1, "smallest_crop": 1, "img_size": 4096}
+    highest.update(drop_path=0.99, label_smoothing=0.99, decoder_depth=64, workers=256)
+    names = {"model": SIZES, "mask": MASKS, "in_chans": (3, 1), "fill": ("drop", "grey", "swap")}
+    names["loss"] = [*SIMILARITIES, "crop"]
+    names["precision"] = ("auto", "float32", "bfloat16")
+    names["compile"] = ("auto", "yes", "no")
+    for f in fields(config):
+        value = getattr(config, f.name)
+        given = f"--{f.name.replace('_', '-')} {value}"
+        low = lowest.get(f.name, 0)
+        high = highest.get(f.name, 1e9)
+        if f.name in names and value not in names[f.name]:
+            raise Mistake(f"{given}: must be one of {', '.join(map(str, names[f.name]))}")
+        if f.type in (int, float) and not low <= value <= high:
+            raise Mistake(f"{given}: must be from {low:g} to {high:g}")
 
 
-def check_choice(config, choices, name):
-    """Raise Mistake if this option is none of the choices."""
-    if getattr(config, name) not in choices:
-        known = ", ".join(map(str, choices))
-        raise Mistake(f"--{name.replace('_', '-')} {getattr(config, name)}: must be one of {known}")
-
-
-def check_common(config):
-    """Raise Mistake for what neither pretraining nor fine-tuning can work with."""
-    check_choice(config, SIZES, "model")
-    check_choice(config, ("auto", "float32", "bfloat16"), "precision")
-    check_choice(config, ("auto", "yes", "no"), "compile")
-    check_choice(config, (1, 3), "in_chans")
-    check_range(config, 1, 1e9, "steps", "save_every")
-    check_range(config, 1, 4096, "img_size", "patch_size")
-    check_range(config, 1e-12, 1e3, "lr")
-    check_range(config, 0, 1e6, "weight_decay", "cache_gb", "workers")
-    check_range(config, 0, 2**31, "seed")
-    check_range(config, 2 * WORLD, 1e6, "batch_size")
-    if config.img_size % config.patch_size:
+def check_sizes(config):
+    """Raise Mistake for sizes that do not go together, in pretraining and in fine-tuning."""
+    if config.img_size == 0 or config.img_size % config.patch_size:
         raise Mistake(f"--patch-size {config.patch_size}: must divide --img-size {config.img_size}")
-    if config.batch_size % WORLD:
-        raise Mistake(f"--batch-size {config.batch_size}: must be a multiple of {WORLD} processes")
+    if config.batch_size % WORLD or config.batch_size < 2 * WORLD:
+        raise Mistake(f"--batch-size {config.batch_size}: must be 2 or more for each of {WORLD}")
     if config.data == "synthetic" and config.in_chans != 3:
         raise Mistake(f"--in-chans {config.in_chans}: the synthetic images are RGB")
 
 
 def check(config):
     """Raise Mistake for what cannot be pretrained."""
-    check_common(config)
-    check_choice(config, [*SIMILARITIES, "crop"], "loss")
-    check_choice(config, MASKS, "mask")
-    check_range(config, 1e-3, 1e3, "temperature")
-    check_range(config, 0, 1e6, "relax_weight")
-    check_range(config, 1, 64, "decoder_depth")
-    check_range(config, 0, 1e9, "num_images")
-    check_range(config, 0, 1, "mask_ratio")
+    check_values(config)
+    check_sizes(config)
     N = (config.img_size // config.patch_size) ** 2
     least = 2 if config.loss == "infonce" else 1  # which needs a negative
     if not least <= round(config.mask_ratio * N) < N:
-        remedy = f"must hide at least {least} and not all of {N} patches"
-        raise Mistake(f"--mask-ratio {config.mask_ratio}: {remedy}")
+        limits = f"must hide at least {least} and not all of {N} patches"
+        raise Mistake(f"--mask-ratio {config.mask_ratio}: {limits}")
 
 
 # ------------------------------------------------------------------------------------ Training
 
 LOG_EVERY = 20
 FREE = ("steps", "out", "resume", "save_every", "workers", "device", "compile")  # on --resume
-RANK = int(os.environ.get("RANK", "0"))  # torchrun starts WORLD processes;
+RANK = int(os.environ.get("RANK", "0"))  # torchrun starts WORLD processes; the first one writes
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
-MINE = slice(RANK, None, WORLD)  # each takes these rows of a batch
+MINE = slice(RANK, None, WORLD)  # the rows of a batch that this process takes
 
 
 def seed_all(seed, stream):
@@ -970,7 +926,7 @@ def wrap(model, config, device):
 @contextmanager
 def command_line():
     """Turn a Mistake into one line and exit status 2, and leave no worker behind."""
-    sys.stderr.reconfigure(errors="backslashreplace")
+    warnings.showwarning = lambda message, *_: print(message, file=sys.stderr)
     try:
         yield
     except Mistake as error:
@@ -992,11 +948,11 @@ def catch_signals():
         signal.signal(number, signal.SIG_DFL)
 
     handler = catch if RANK == 0 else signal.SIG_IGN  # torchrun ends the others
-    previous = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = [(n, signal.signal(n, handler)) for n in (signal.SIGINT, signal.SIGTERM)]
     try:
         yield received
     finally:
-        for number, handler in previous.items():
+        for number, handler in before:
             signal.signal(number, handler)
 
 
@@ -1047,56 +1003,44 @@ def start_run(config):
             raise Mistake(f"--out {folder}: not empty; add --resume, or choose another folder")
         return None
     content = load_checkpoint(folder / "checkpoint.pt")
-    for name, value in content["config"].items():
-        if name not in FREE and getattr(config, name, None) != value:
-            ours = f"--{name.replace('_', '-')} {getattr(config, name, None)}"
-            raise Mistake(f"{ours}: the run to resume has {value}")
+    before = content["config"]
+    for name, value in asdict(config).items():
+        if name not in FREE and before.get(name) != value:
+            given = f"--{name.replace('_', '-')} {value}"
+            raise Mistake(f"{given}: the run to resume has {before.get(name)}")
     if content["step"] > config.steps:
         raise Mistake(f"--steps {config.steps}: the run has {content['step']} already")
-    if content["config"]["steps"] != config.steps:
-        warn(f"--steps was {content['config']['steps']}: the learning rate follows the new end")
+    if before["steps"] != config.steps:
+        warnings.warn(f"--steps was {before['steps']}: the learning rate follows the new end")
     return content
 
 
 def open_log(config, images, resumed):
     """Write config.json, images.txt, and log.jsonl up to the resumed step; return its last line."""
     folder = Path(config.out)
-    names = "".join(f"{name}\n" for name in images.names)
     log = []
     if resumed:
-        if (folder / "images.txt").read_bytes() != names.encode("utf-8", "surrogateescape"):
-            raise Mistake(f"--data {config.data}: not the images that the run began with")
         lines = (folder / "log.jsonl").read_text().splitlines()
         log = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be cut off
         log = [record for record in log if record["step"] <= resumed["step"]]
     if RANK == 0:
         write_text(folder / "config.json", json.dumps(asdict(config), indent=2) + "\n")
-        write_text(folder / "images.txt", names)
+        write_text(folder / "images.txt", "".join(f"{name}\n" for name in images.names))
         write_text(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in log))
     return log[-1] if log else {}
-
-
-def process_mean(value, device):
-    """A number, averaged over all processes."""
-    value = torch.as_tensor(value, dtype=torch.float32, device=device)
-    if WORLD > 1:
-        value = value.clone()
-        distributed.all_reduce(value)
-    return value.item() / WORLD
 
 
 def save_picture(path, rows, columns=()):
     """Write rows, {label: images (n, 3, H, W) in 0..1}, below the labels of the columns."""
     images = torch.cat(list(rows.values())).cpu()
     images = F.interpolate(images, scale_factor=math.ceil(96 / images.shape[-1]))  # not blurred
-    across = len(images) // len(rows)
-    grid = make_grid(images.clamp(0, 1), nrow=across, padding=4, pad_value=1.0)
-    picture = ImageOps.expand(v2.functional.to_pil_image(grid), (170, 24, 0, 0), "white")
+    grid = make_grid(images.clamp(0, 1), len(images) // len(rows), padding=4, pad_value=1.0)
+    picture = ImageOps.expand(tv.to_pil_image(grid), (170, 24, 0, 0), "white")
     text = ImageDraw.Draw(picture)
     font = ImageFont.load_default(16)
-    down = images.shape[2] + 4
     for i, label in enumerate(rows):
-        text.text((8, 24 + down * (i + 0.5)), label, "black", font, anchor="lm")
+        y = 24 + (images.shape[2] + 4) * (i + 0.5)
+        text.text((8, y), label, "black", font, anchor="lm")
     for i, label in enumerate(columns):
         x = 170 + (images.shape[3] + 4) * (i + 0.5)
         text.text((x, 12), label, "black", font, anchor="mm")
@@ -1112,24 +1056,22 @@ def draw(model, crops, visible, hidden, path):
     patches get the mean and deviation of the originals.
     """
     encoder = model.encoder
-    p = encoder.patch_size
     images = normalize(crops)
-    x = patchify(images, p)  # (B, N, P)
-
-    def paste(pred):  # (B, K, P) in place of the hidden patches, (B, 3, H, W) in 0..1
-        pasted = x.scatter(1, hidden[..., None].expand_as(pred), pred)
-        pixels = denormalize(unpatchify(pasted, encoder.grid, p)) / 255
-        return pixels.expand(-1, 3, -1, -1)
-
-    whole = encoder(images)[:, 1:]  # (B, N, D)
-    z1 = encoder(images, visible)  # (B, 1 + V, D)
+    x = patchify(images, encoder.patch_size)  # (B, N, P)
     target = gather_tokens(x, hidden)  # (B, K, P)
-    rows = {"image": paste(target), "visible patches": paste(torch.zeros_like(target))}
+    z1 = encoder(images, visible)  # (B, 1 + V, D)
+    shown = {"image": target, "visible patches": torch.zeros_like(target)}
     if isinstance(model, RelaxMIM) and model.similarity.predicts == "pixels":
         pred = model.decoder(z1, visible, hidden)
         if model.norm_pix:
             pred = pred * target.std(-1, keepdim=True) + target.mean(-1, keepdim=True)
-        rows["reconstruction"] = paste(pred)
+        shown["reconstruction"] = pred
+    rows = {}
+    for label, patches in shown.items():
+        pasted = x.scatter(1, hidden[..., None].expand_as(patches), patches)
+        pixels = denormalize(unpatchify(pasted, encoder.grid, encoder.patch_size))
+        rows[label] = (pixels / 255).expand(-1, 3, -1, -1)
+    whole = encoder(images)[:, 1:]  # (B, N, D)
     center = whole.mean(dim=0, keepdim=True)  # (1, N, D)
     masked = center.repeat(len(x), 1, 1)
     masked = masked.scatter(1, visible[..., None].expand_as(z1[:, 1:]), z1[:, 1:])
@@ -1137,7 +1079,7 @@ def draw(model, crops, visible, hidden, path):
     for label, tokens in (("features of the image", whole), ("of its visible patches", masked)):
         colors = (tokens - center) @ axes[:3].T  # (B, N, 3)
         colors = (colors / (4 * colors.std(dim=(0, 1))) + 0.5).mT.unflatten(2, encoder.grid)
-        rows[label] = F.interpolate(colors, scale_factor=p)
+        rows[label] = F.interpolate(colors, scale_factor=encoder.patch_size)
     save_picture(path, rows)
 
 
@@ -1150,25 +1092,17 @@ def train(config):
     B = config.batch_size
     device, autocast = pick_device(config)
     resumed = start_run(config)
-
     images = open_data(config, count=config.num_images)
     record = open_log(config, images, resumed)
 
     seed_all(config.seed, 2**32)
     encoder = ViT(config.img_size, config.patch_size, config.in_chans, *SIZES[config.model])
     if config.loss == "crop":
-        model = CropContrast(encoder, config.temperature)
+        model = CropContrast(encoder, config.temperature).to(device)
     else:
-        model = RelaxMIM(
-            encoder,
-            config.loss,
-            config.mask_ratio,
-            config.decoder_depth,
-            config.norm_pix,
-            config.relax_weight,
-            config.temperature,
-        )
-    model = model.to(device)
+        sizes = (config.mask_ratio, config.decoder_depth)
+        settings = (config.norm_pix, config.relax_weight, config.temperature)
+        model = RelaxMIM(encoder, config.loss, *sizes, *settings).to(device)
     groups = decay_groups(model.parameters(), config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
     parts = {**dict(model.named_children()), "optimizer": optimizer}  # of the checkpoint
@@ -1178,23 +1112,26 @@ def train(config):
         for name, part in parts.items():
             part.load_state_dict(resumed[name])
     net = wrap(model, config, device)
+    draw_mask = partial(MASKS[config.mask], grid=encoder.grid, ratio=config.mask_ratio)
 
-    seed_all(config.seed, 2**32 + 1)  # the probe: 64 crops and masks by which the claim is measured
+    seed_all(config.seed, 2**32 + 1)  # 64 crops and masks by which the claim is measured
     index = torch.randperm(max(64, len(images)))[:64] % len(images)
     pixels, _ = next(images.batches([index], device, fill=True))
     crops = random_crops(pixels, config.img_size, torch.rand(64, 5, device=device))
-    mask = MASKS[config.mask](64, encoder.grid, config.mask_ratio, device=device)
+    probe = normalize(crops)
+    probe_visible, probe_hidden = draw_mask(64, device=device)
     claim = "cosine of an image and its masked self {invariance:.3f}, of two images {different:.3f}"
     if RANK == 0:
         print(f"{len(images)} images, {config.steps} steps of {B}, on {device}")
-        print("at the start:", claim.format(**invariance(encoder, normalize(crops), mask[0])))
+        print("at the start:", claim.format(**invariance(encoder, probe, probe_visible)))
 
     order = islice(batch_order(len(images), B, config.steps, config.seed), first, None)
     order = (index[MINE] for index in order)
     batches = images.batches(order, device, config.workers, fill=True)
     every = 0.1 if sys.stderr.isatty() else 30  # seconds
     bar = tqdm(batches, total=config.steps, initial=first, mininterval=every, disable=RANK > 0)
-    last_log = first, time.perf_counter()
+    logged = first
+    clock = time.perf_counter()
     with catch_signals() as received:
         for step, (pixels, _) in enumerate(bar, first + 1):
             seed_all(config.seed, step)  # everything random in a step is a function of its number
@@ -1209,14 +1146,12 @@ def train(config):
                 view2 = jitter_colors(view2, torch.rand(B, 4, device=device)[MINE])
                 inputs = (normalize(view), normalize(view2))
             else:
-                draw_mask = MASKS[config.mask]
-                visible, hidden = draw_mask(B, encoder.grid, config.mask_ratio, device=device)
+                visible, hidden = draw_mask(B, device=device)
                 inputs = (normalize(view), visible[MINE], hidden[MINE])
             with autocast:
                 loss, metrics = net(*inputs)
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 3.0)
-
             last = step == config.steps or len(received) > 0
             log = last or step == 1 or step % LOG_EVERY == 0
             save = last or step % config.save_every == 0
@@ -1228,20 +1163,19 @@ def train(config):
             optimizer.zero_grad()
 
             if log:
-                now = time.perf_counter()
                 record = {"step": step, "epoch": round(step * B / len(images), 2)}
-                record["loss"] = process_mean(loss.detach(), device)
+                record["loss"] = loss.item()
                 record["lr"] = lr
                 record["grad_norm"] = grad_norm.item()
-                for name, value in metrics.items():
-                    record[name] = process_mean(value, device)
-                for name, value in invariance(encoder, normalize(crops), mask[0]).items():
-                    record[name] = value.item()
-                record["images_per_s"] = round(B * (step - last_log[0]) / (now - last_log[1]), 1)
-                last_log = step, now
+                metrics = {**metrics, **invariance(encoder, probe, probe_visible)}
+                record.update({name: float(value) for name, value in metrics.items()})
+                seconds = time.perf_counter() - clock
+                record["images_per_s"] = round(B * (step - logged) / seconds, 1)
+                logged = step
+                clock += seconds
                 bar.set_postfix(epoch=record["epoch"], loss=f"{record['loss']:.3f}", refresh=False)
-                if RANK == 0:
-                    write_text(folder / "log.jsonl", json.dumps(record) + "\n", "a")
+            if log and RANK == 0:
+                write_text(folder / "log.jsonl", json.dumps(record) + "\n", "a")
             if save and RANK == 0:
                 content = {name: part.state_dict() for name, part in parts.items()}
                 save_checkpoint(folder, {"config": asdict(config), "step": step, **content})
@@ -1252,7 +1186,7 @@ def train(config):
         print(f"stopped after step {record['step']}; add --resume to the command to resume the run")
         raise SystemExit(128 + received[0])
     if RANK == 0:
-        draw(model, crops[:8], mask[0][:8], mask[1][:8], folder / "views.png")
+        draw(model, crops[:8], probe_visible[:8], probe_hidden[:8], folder / "views.png")
         print("at the end:", claim.format(**record))
         print(", ".join(f"{name} {value:.4g}" for name, value in record.items()))
         print(f"written to {folder}")

@@ -283,10 +283,10 @@ def feature_table(config, subjects, ratios, masks, device):
 
 
 def shape_bias(config, subject, device):
-    """Answers to images of the shape of one class and the texture of another (Geirhos et al., 2019).
+    """Answers to SHAPEn-TEXTUREm.png, the shape of one class in the texture of another.
 
-    Takes the files SHAPEn-TEXTUREm.png of two different classes of the model. Returns the numbers
-    of images, and of answers that name the shape and the texture.
+    (Geirhos et al., 2019.) Returns the number of images of two classes of the model, and of answers
+    that name the shape, and the texture.
     """
     known = [SYNONYMS.get(name, name) for name in subject.classes]
     names, cues = [], []
@@ -347,7 +347,7 @@ def draw_examples(config, subject, ratios, masks, device):
 
 
 def draw_curves(path, panels, x, xlabel, ylabel, chance=None):
-    """Write panels {title: {name: values, or (value, deviation)}} over x, if matplotlib is there."""
+    """Write panels {title: {name: values, or (value, deviation)}} over x, with matplotlib."""
     try:
         from matplotlib import pyplot
     except ImportError:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Fine-tune an encoder from relaxmim.py, probe it with a linear head, or train from scratch.
 
-    python finetune.py runs/infonce-synthetic-1                all weights, from a run or a checkpoint
-    python finetune.py                                         from scratch, by the same recipe
-    python finetune.py runs/mae-cifar10 --linear-probe         a linear head on the frozen encoder
-    python finetune.py mae_pretrain_vit_base.pth --data DIR    weights of MAE or timm
+    python finetune.py runs/infonce-synthetic-1               all weights, from a run
+    python finetune.py                                        from scratch, by the same recipe
+    python finetune.py runs/mae-cifar10 --linear-probe        a linear head on the frozen encoder
+    python finetune.py mae_pretrain_vit_base.pth --data DIR   weights of MAE or timm
 
 Test images are looked at once, at the end, and nothing is chosen by them. To choose settings, use
 --validate, which holds out a tenth of the training images and reports on that.
@@ -70,8 +70,8 @@ class Classifier(mim.ViT):
     probe: for a frozen encoder. It keeps its own norm, and a batch norm without weights follows.
     """
 
-    def __init__(self, *args, num_classes, probe=False, drop_path=0.0):
-        super().__init__(*args)
+    def __init__(self, *size, num_classes, probe=False, drop_path=0.0):
+        super().__init__(*size)
         for i, block in enumerate(self.blocks):  # rises from 0 to drop_path
             block.drop_path = drop_path * i / max(1, len(self.blocks) - 1)
         if probe:
@@ -122,7 +122,7 @@ def load_encoder(path):
 
 
 def resize_positions(pos_embed, grid):
-    """Position embeddings (1, 1 + n, D) for another grid: sin-cos made anew, learned interpolated."""
+    """Position embeddings (1, 1 + N, D) for another grid: sin-cos anew, learned interpolated."""
     side = math.isqrt(pos_embed.shape[1] - 1)
     dim = pos_embed.shape[2]
     if torch.allclose(pos_embed, mim.sincos_positions((side, side), dim), atol=1e-4):
@@ -147,20 +147,13 @@ def load_weights(model, weights, path, new=()):
 
 def layer_groups(model, config):
     """Parameter groups whose learning rate falls by layer_decay a block, from the head down."""
-    depth = len(model.blocks)
+    layers = [[model.cls_token, *model.patch_embed.parameters()]]
+    layers += [list(block.parameters()) for block in model.blocks]
+    layers.append([*model.norm.parameters(), *model.fc_norm.parameters(), *model.head.parameters()])
     groups = []
-    for layer in range(depth + 2):
-        parameters = []
-        for name, parameter in model.named_parameters():
-            own = depth + 1
-            if name.startswith(("cls_token", "patch_embed")):
-                own = 0
-            elif name.startswith("blocks."):
-                own = int(name.split(".")[1]) + 1
-            if own == layer and parameter.requires_grad:
-                parameters.append(parameter)
-        scale = config.layer_decay ** (depth + 1 - layer)
-        groups += mim.decay_groups(parameters, config.weight_decay, scale)
+    for below, parameters in enumerate(reversed(layers)):
+        parameters = [p for p in parameters if p.requires_grad]
+        groups += mim.decay_groups(parameters, config.weight_decay, config.layer_decay**below)
     return groups
 
 
@@ -236,35 +229,30 @@ def neighbour_accuracy(model, train, test, size, device, workers=0, k=20):
     return correct / len(queries)
 
 
-def check(config):
-    """Raise Mistake for what cannot be fine-tuned."""
+def prepare(config):
+    """Fill in what config leaves to the checkpoint, and check it. Returns the weights, or None."""
+    weights = None
+    settings = {"model": "nano", "patch_size": 4, "img_size": 32, "in_chans": 3}
+    path = Path("scratch")
+    if config.checkpoint:
+        weights, settings, _ = load_encoder(config.checkpoint)
+        path = Path(config.checkpoint)
+        path = path.parent if path.name == "checkpoint.pt" else path
+    for name in ("model", "patch_size", "img_size", "in_chans"):
+        setattr(config, name, getattr(config, name) or settings[name])
+    kind = "probe" if config.linear_probe else "finetune"
+    config.out = config.out or f"runs/{kind}-{path.stem}-on-{Path(config.data).stem}"
     mim.check_values(config)
     mim.check_sizes(config)
     if config.linear_probe and not config.checkpoint:
         raise Mistake("--linear-probe: needs a checkpoint, whose encoder it freezes")
-
-
-def fill_in(config):
-    """Set what config leaves to the checkpoint or to defaults. Returns the checkpoint's weights."""
-    weights = None
-    settings = {"model": "nano", "patch_size": 4, "img_size": 32, "in_chans": 3}
-    name = "scratch"
-    if config.checkpoint:
-        weights, settings, _ = load_encoder(config.checkpoint)
-        path = Path(config.checkpoint)
-        name = path.parent.name if path.name == "checkpoint.pt" else path.stem
-    for key in ("model", "patch_size", "img_size", "in_chans"):
-        setattr(config, key, getattr(config, key) or settings[key])
-    kind = "probe" if config.linear_probe else "finetune"
-    config.out = config.out or f"runs/{kind}-{name}-on-{Path(config.data).stem}"
     return weights
 
 
 def train(config):
     """Fine-tune. Returns the result, a dict that is also written to result.json. Raises Mistake."""
     begun = time.time()
-    weights = fill_in(config)
-    check(config)
+    weights = prepare(config)
     folder = Path(config.out)
     B = config.batch_size
     device, autocast = mim.pick_device(config)
@@ -274,9 +262,11 @@ def train(config):
     mim.open_log(config, images, resumed)
 
     mim.seed_all(config.seed, 2**32)
+    classes = len(images.classes)
     size = (config.img_size, config.patch_size, config.in_chans, *mim.SIZES[config.model])
-    options = {"num_classes": len(images.classes), "probe": config.linear_probe}
-    model = Classifier(*size, **options, drop_path=config.drop_path)
+    model = Classifier(
+        *size, num_classes=classes, probe=config.linear_probe, drop_path=config.drop_path
+    )
     if weights:
         new = ("head.", "fc_norm.") if config.linear_probe else ("head.", "fc_norm.", "norm.")
         load_weights(model, weights, config.checkpoint, new)
@@ -291,11 +281,8 @@ def train(config):
         model.load_state_dict(resumed["encoder"])
         optimizer.load_state_dict(resumed["optimizer"])
     net = mim.wrap(model, config, device)
-    mixes = []
-    if config.mixup > 0:
-        mixes.append(v2.MixUp(alpha=config.mixup, num_classes=len(images.classes)))
-    if config.cutmix > 0:
-        mixes.append(v2.CutMix(alpha=config.cutmix, num_classes=len(images.classes)))
+    kinds = ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix))
+    mixes = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha > 0]
     mix = v2.RandomChoice(mixes) if mixes else v2.Identity()
     part = "validation" if config.validate else "test"
     if mim.RANK == 0:

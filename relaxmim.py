@@ -55,9 +55,7 @@ def hide_lowest(score, ratio):
     """Hide the round(ratio * N) patches of each image with the lowest score (B, N)."""
     num_hidden = round(ratio * score.shape[1])
     order = score.argsort(dim=1)
-    hidden = order[:, :num_hidden].sort(dim=1).values
-    visible = order[:, num_hidden:].sort(dim=1).values
-    return visible, hidden
+    return order[:, num_hidden:].sort(dim=1).values, order[:, :num_hidden].sort(dim=1).values
 
 
 def random_mask(batch, grid, ratio, generator=None, device=None):
@@ -238,8 +236,7 @@ class Decoder(nn.Module):
         x = torch.cat([x, masked], dim=1)  # (B, 1 + N, D); to attention the order is nothing
         for block in self.decoder_blocks:
             x = block(x)
-        x = x[:, -hidden.shape[1] :]  # (B, K, D)
-        return self.decoder_pred(self.decoder_norm(x))
+        return self.decoder_pred(self.decoder_norm(x[:, -hidden.shape[1] :]))
 
 
 # -------------------------------------------------------------------------------- Similarities
@@ -340,15 +337,12 @@ SIMILARITIES = {  # --loss; add your own here
 
 
 class RelaxMIM(nn.Module):
-    """Two views of an image, its visible and its hidden patches; one encoder; one similarity.
-
-    loss: a name in SIMILARITIES; relax_weight: lambda of (5); temperature: tau of (6).
-    """
+    """Two views of an image, its visible and its hidden patches; one encoder; one similarity."""
 
     def __init__(
         self,
         encoder,
-        loss="infonce",
+        loss="infonce",  # a name in SIMILARITIES
         mask_ratio=0.75,
         decoder_depth=1,
         norm_pix=True,
@@ -360,8 +354,8 @@ class RelaxMIM(nn.Module):
         self.similarity = SIMILARITIES[loss]
         self.mask_ratio = mask_ratio
         self.norm_pix = norm_pix
-        self.relax_weight = relax_weight
-        self.temperature = temperature
+        self.relax_weight = relax_weight  # lambda of (5)
+        self.temperature = temperature  # tau of (6)
         dim = encoder.embed_dim
         pixels = encoder.in_chans * encoder.patch_size**2
         out_dim = pixels if self.similarity.predicts == "pixels" else dim

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""CIFAR-10 at the scale of a GPU: nine starts by one recipe, then occlusion, features, shape bias.
+"""The tables on CIFAR-10: each start by one recipe, then occlusion, features and shape bias.
 
-    python .github/results/cifar10.py DATA PHOTO CUES --seed 0     8 minutes on one H100
-    python .github/results/cifar10.py DATA PHOTO CUES --tiny       the same rows on a CPU, to try it
-    python .github/results/cifar10.py DATA PHOTO CUES --minutes 10 mae alone, as long as that
+    python .github/results/cifar10.py gpu DATA PHOTO CUES --seed 0      8 minutes on one H100
+    python .github/results/cifar10.py laptop DATA PHOTO CUES --seed 0   3 hours on two CPU cores
+    python .github/results/cifar10.py tiny DATA PHOTO CUES              to try the script
+    python .github/results/cifar10.py alone DATA PHOTO CUES             mae alone, 10 minutes on one
 
 DATA: CIFAR-10 as a folder of train/CLASS and test/CLASS, or "cifar10". PHOTO: one photograph. CUES:
 a folder of cue-conflict images (Geirhos et al., 2019). Trainings run side by side, each in a process
-of its own. What is finished is skipped and what was cut off is resumed, so the same command goes on
-after an interruption. Writes summary.json and prints the table; logs and results stay in --out.
+of its own: --together, 8 on a GPU, 2 on two cores. A GPU shares itself better after
+`nvidia-cuda-mps-control -d`. What is finished is skipped and what was cut off is resumed, so the
+same command goes on after an interruption. Prints the table and writes it to summary.json.
 """
 
 import argparse
@@ -21,60 +23,67 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMON = ["--model", "tiny", "--batch-size", "1024", "--compile", "yes"]
-RECIPE = ["--drop-path", "0.1", "--cutmix", "1.0", "--mixup", "0.2", "--smallest-crop", "0.4"]
-PRETRAIN_STEPS = 2000  # of 1,024 crops
-TUNE_STEPS = 1200  # 25 epochs
-LONG_STEPS = 2400  # from scratch, in the time that infonce needs for both
-PROBE_STEPS = 300
+GPU = ["--model", "tiny", "--batch-size", "1024", "--compile", "yes"]
+AUGMENT = ["--drop-path", "0.1", "--cutmix", "1.0", "--mixup", "0.2", "--smallest-crop", "0.4"]
+SCALES = {  # options of all trainings; those of fine-tuning; steps of pretraining, of fine-tuning
+    "gpu": {"common": GPU, "tune": AUGMENT, "steps": [2000, 1200], "long": 2400, "probe": 300},
+    "laptop": {"tune": ["--num-labels", "10000"], "steps": [500, 250], "long": 450},
+    "tiny": {"common": ["--batch-size", "8"], "tune": AUGMENT, "steps": [2, 2], "probe": 2},
+    "alone": {"common": GPU, "tune": AUGMENT, "steps": [24000, 7000]},
+}
 
 
-def rows(data, photo):
+def starts(scale, data, photo):
     """Name of each start, and the options of its pretraining; None: from scratch."""
-    return {
-        "scratch": None,
-        "scratch-long": None,
-        "relax": ["--loss", "relax", "--data", data],
-        "infonce": ["--loss", "infonce", "--data", data],
-        "infonce-photo": ["--loss", "infonce", "--data", photo],
-        "infonce-embedded": ["--loss", "infonce", "--num-images", "1"],
-        "mae": ["--loss", "mae", "--data", data],
-        "mae-photo": ["--loss", "mae", "--data", photo],
-    }
+    if scale == "alone":
+        return {"mae": ["--loss", "mae", "--data", data]}
+    found = {"scratch": None, "scratch-long": None}
+    for loss in ("relax", "infonce", "mae"):
+        found[loss] = ["--loss", loss, "--data", data]
+    found["infonce-photo"] = ["--loss", "infonce", "--data", photo]
+    found["mae-photo"] = ["--loss", "mae", "--data", photo]
+    found["infonce-embedded"] = ["--loss", "infonce", "--num-images", "1"]
+    if scale == "laptop":
+        found["infonce-embedded"] = ["--loss", "infonce"]
+        found["mae-embedded"] = ["--loss", "mae"]
+        for count in ("10", "1000"):
+            for loss in ("infonce", "mae"):
+                found[f"{loss}-{count}"] = [*found[loss], "--num-images", count]
+        found["crop"] = ["--loss", "crop", "--data", data]
+    return found
 
 
 def run(script, out, *options):
-    """Run one of the three scripts, unless its result is there. Its output goes to out.txt."""
-    finished = {"relaxmim.py": "views.png", "finetune.py": "result.json"}
-    if (out / finished.get(script, "occlusion.json")).exists():
+    """Run one of the three scripts, unless its result is there. What it prints goes to a file."""
+    results = {"relaxmim.py": "views.png", "finetune.py": "result.json"}
+    if (out / results.get(script, "occlusion.json")).exists():
         return
     command = [sys.executable, str(ROOT / script), *options, "--out", str(out)]
     if (out / "checkpoint.pt").exists():
         command.append("--resume")
-    start = time.time()
-    with open(out.with_suffix(".txt"), "a") as file:
+    begun = time.time()
+    with open(f"{out}.txt", "a") as file:
         status = subprocess.run(command, stdout=file, stderr=file, check=False).returncode
-    print(f"{out.name}: {time.time() - start:.0f} s, status {status}", flush=True)
+    print(f"{out.name}: {time.time() - begun:.0f} s, exit status {status}", flush=True)
 
 
-def train_row(name, pretraining, args):
+def train_start(name, pretraining, args):
     """Pretrain, fine-tune, and probe the frozen encoder."""
-    steps = LONG_STEPS if name == "scratch-long" else TUNE_STEPS
-    common = [*COMMON, "--seed", str(args.seed), "--workers", str(args.workers)]
-    if args.tiny:
-        steps = 2
-        common = ["--batch-size", "8", "--seed", str(args.seed)]
-    tune = [*common, *RECIPE, "--data", args.data, "--steps", str(steps)]
+    scale = SCALES[args.scale]
+    common = [*scale.get("common", []), "--seed", str(args.seed), "--workers", str(args.workers)]
+    steps, tune_steps = scale["steps"]
+    if name == "scratch-long":
+        tune_steps = scale.get("long", 3)
+    tune = [*common, *scale["tune"], "--data", args.data, "--steps", str(tune_steps)]
     if pretraining is None:
         run("finetune.py", args.out / f"ft-{name}", *tune)
         return
-    pretrained = args.out / name
-    steps = 2 if args.tiny else PRETRAIN_STEPS
-    run("relaxmim.py", pretrained, *pretraining, *common, "--steps", str(steps))
-    run("finetune.py", args.out / f"ft-{name}", str(pretrained), *tune)
-    steps = 2 if args.tiny else PROBE_STEPS
-    probe = [*common, "--data", args.data, "--steps", str(steps), "--linear-probe"]
-    run("finetune.py", args.out / f"probe-{name}", str(pretrained), *probe)
+    encoder = args.out / name
+    run("relaxmim.py", encoder, *pretraining, *common, "--steps", str(steps))
+    run("finetune.py", args.out / f"ft-{name}", str(encoder), *tune)
+    if "probe" in scale:
+        probe = [*common, "--data", args.data, "--steps", str(scale["probe"]), "--linear-probe"]
+        run("finetune.py", args.out / f"probe-{name}", str(encoder), *probe)
 
 
 def read(path):
@@ -82,97 +91,83 @@ def read(path):
 
 
 def percent(value):
-    return f"{100 * value:.1f}" if value is not None else ""
+    return "" if value is None else f"{100 * value:.1f}"
 
 
 def summarize(names, args):
-    """Collect the figures of every row in summary.json, and print them as a table."""
+    """Collect the figures of every start in summary.json, and print them as a table."""
     occlusion = read(args.out / "occlusion" / "occlusion.json")
-    summary = {"seed": args.seed, "rows": {}}
-    summary["features"] = read(args.out / "features" / "occlusion.json").get("features", {})
-    at = occlusion["ratios"].index(0.75) if occlusion else 0
-    print(
-        "| start | accuracy | random, 75 % | AUC | retention | block, 75 % | AUC | retention |",
-        end="",
-    )
-    print(" shape bias (95 %) | linear | k-NN |\n" + "|---" * 11 + "|")
+    features = read(args.out / "features" / "occlusion.json")
+    summary = {"seed": args.seed, "scale": args.scale, "starts": {}}
+    summary["features"] = features.get("features", {})
+    head = ["start", "accuracy", "random, 75 %", "AUC", "retention", "block, 75 %", "AUC"]
+    head += ["retention", "shape bias (95 %)", "linear", "k-NN"]
+    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
     for name in names:
         tuned = read(args.out / f"ft-{name}" / "result.json")
         probe = read(args.out / f"probe-{name}" / "result.json")
-        row = {"accuracy": tuned.get("test_accuracy"), "minutes": tuned.get("minutes")}
-        row["linear"] = probe.get("test_accuracy")
-        row["neighbours"] = probe.get("test_accuracy_of_neighbours")
-        cells = [name, percent(row["accuracy"])]
+        start = {"accuracy": tuned.get("test_accuracy"), "minutes": tuned.get("minutes")}
+        start["linear"] = probe.get("test_accuracy")
+        start["neighbours"] = probe.get("test_accuracy_of_neighbours")
+        cells = [name, percent(start["accuracy"])]
         for mask in ("random", "block"):
-            figures = occlusion.get("accuracy", {}).get(mask, {}).get(f"ft-{name}")
-            row[mask] = figures
-            if figures:
-                values = (figures["accuracy"][at][0], figures["auc"], figures["retention"])
+            start[mask] = occlusion.get("accuracy", {}).get(mask, {}).get(f"ft-{name}")
+            if start[mask]:
+                at = occlusion["ratios"].index(0.75)
+                curve = start[mask]["accuracy"]
+                values = (curve[at][0], start[mask]["auc"], start[mask]["retention"])
                 cells += [percent(value) for value in values]
             else:
-                cells += ["", "", ""]
-        row["shape_bias"] = occlusion.get("shape_bias", {}).get(f"ft-{name}")
-        bias = ""
-        if row["shape_bias"]:
-            shape = row["shape_bias"]["shape"]
-            texture = row["shape_bias"]["texture"]
-            low, high = row["shape_bias"]["interval"]
-            bias = f"{shape / max(1, shape + texture):.0%} ({low:.0%} to {high:.0%})"
-        cells += [bias, percent(row["linear"]), percent(row["neighbours"])]
+                cells += [""] * 3
+        start["shape_bias"] = occlusion.get("shape_bias", {}).get(f"ft-{name}")
+        cells.append("")
+        if start["shape_bias"]:
+            shape = start["shape_bias"]["shape"]
+            texture = start["shape_bias"]["texture"]
+            low, high = start["shape_bias"]["interval"]
+            cells[-1] = f"{shape / max(1, shape + texture):.0%} ({low:.0%} to {high:.0%})"
+        cells += [percent(start["linear"]), percent(start["neighbours"])]
         print("| " + " | ".join(cells) + " |")
-        summary["rows"][name] = row
-    for mask, figures in summary["features"].items():
-        print(f"\nCKA after the last block, {mask}")
-        for name, found in figures.items():
-            print(f"{name}: " + ", ".join(f"{blocks[-1]:.2f}" for blocks in found["cka"]))
+        summary["starts"][name] = start
+    for mask, found in summary["features"].items():
+        print(f"\nCKA of clean and occluded features after the last block, {mask}")
+        for name, figures in found.items():
+            print(f"{name}: " + ", ".join(f"{blocks[-1]:.2f}" for blocks in figures["cka"]))
     (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-
-
-def mae_alone(args):
-    """Pretrain with mae and fine-tune, two thirds and one third of the given minutes."""
-    # measured on one H100: 100,000 crops a second, and 36,000 in fine-tuning
-    steps = int(args.minutes * 60 * 0.6 * 100_000 / 1024)
-    common = [*COMMON, "--data", args.data, "--seed", str(args.seed)]
-    run("relaxmim.py", args.out / "mae", "--loss", "mae", *common, "--steps", str(steps))
-    steps = int(args.minutes * 60 * 0.3 * 36_000 / 1024)
-    tune = [*common, *RECIPE, "--steps", str(steps)]
-    run("finetune.py", args.out / "ft-mae", str(args.out / "mae"), *tune)
-    print(read(args.out / "ft-mae" / "result.json").get("test_accuracy"))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("scale", choices=list(SCALES))
     parser.add_argument("data")
     parser.add_argument("photo")
     parser.add_argument("cues")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="default: runs/SCALE-SEED")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--together", type=int, default=8, help="trainings side by side")
-    parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--minutes", type=float)
     args = parser.parse_args()
-    args.out = args.out or Path("runs", f"cifar10-{args.seed}")
+    args.out = args.out or Path("runs", f"{args.scale}-{args.seed}")
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if args.minutes:
-        mae_alone(args)
-        return
-    starts = rows(args.data, args.photo)
+    found = starts(args.scale, args.data, args.photo)
     with ThreadPoolExecutor(args.together) as pool:
-        list(pool.map(lambda item: train_row(*item, args), starts.items()))
-    common = ["--data", args.data, "--mask-seeds", "1", "--workers", str(args.workers)]
-    common += ["--num-images", "60" if args.tiny else "10000"]
-    tuned = [str(args.out / f"ft-{name}") for name in starts]
-    cues = ["--cue-conflict", args.cues]
-    pretrained = [str(args.out / name) for name, options in starts.items() if options]
-    features = [*pretrained, str(args.out / "ft-scratch"), *common, "--features"]
-    features[features.index("--num-images") + 1] = "60" if args.tiny else "2000"
+        list(pool.map(lambda item: train_start(*item, args), found.items()))
+
+    options = ["--data", args.data, "--mask-seeds", "1", "--workers", str(args.workers)]
+    tuned = [str(args.out / f"ft-{name}") for name in found]
+    tuned = [path for path in tuned if Path(path, "result.json").exists()]
+    encoders = [str(args.out / name) for name, pretraining in found.items() if pretraining]
+    encoders += [path for path in tuned if path.endswith("ft-scratch")]
+    encoders = [path for path in encoders if Path(path, "checkpoint.pt").exists()]
+    images = {"tiny": "60", "laptop": "2000"}.get(args.scale, "10000")
+    cues = ["--num-images", images, "--cue-conflict", args.cues]
     with ThreadPoolExecutor(2) as pool:
-        pool.submit(run, "eval_occlusion.py", args.out / "occlusion", *tuned, *common, *cues)
+        pool.submit(run, "eval_occlusion.py", args.out / "occlusion", *tuned, *options, *cues)
+        features = [*encoders, *options, "--num-images", "1000", "--features"]
         pool.submit(run, "eval_occlusion.py", args.out / "features", *features)
-    summarize(starts, args)
+    summarize(found, args)
 
 
 if __name__ == "__main__":

@@ -236,7 +236,7 @@ class Decoder(nn.Module):
         x = torch.cat([x, masked], dim=1)  # (B, 1 + N, D); to attention the order is nothing
         for block in self.decoder_blocks:
             x = block(x)
-        return self.decoder_pred(self.decoder_norm(x[:, -hidden.shape[1] :]))
+        return self.decoder_pred(self.decoder_norm(x[:, tokens.shape[1] :]))
 
 
 # -------------------------------------------------------------------------------- Similarities
@@ -262,8 +262,8 @@ def info_nce(q, k, temperature):
     q, k: (..., n, D), scaled to unit length here. Returns the mean loss, log(n) if features do not
     depend on the image, and the share of queries whose positive is the most similar key.
     """
-    q = F.normalize(q.float(), dim=-1)
-    k = F.normalize(k.float(), dim=-1)
+    q = F.normalize(q.float(), dim=-1, eps=1e-5)  # rounding errors alone stay near zero
+    k = F.normalize(k.float(), dim=-1, eps=1e-5)
     with torch.autocast(q.device.type, enabled=False):  # bfloat16 is too coarse for exp(1/tau)
         logits = q @ k.mT / temperature  # (..., n, n)
     positive = logits.diagonal(dim1=-2, dim2=-1)  # (..., n)
@@ -409,9 +409,10 @@ def invariance(encoder, images, visible):
     with torch.autocast(images.device.type, enabled=False):
         whole = encoder(images)[:, 1:].mean(dim=1)  # (B, D)
         masked = encoder(images, visible)[:, 1:].mean(dim=1)
-    spread = F.normalize(whole, dim=1).std(dim=0, correction=0).norm()
-    center = (whole + masked).mean(dim=0) / 2
-    cosine = F.normalize(whole - center, dim=1) @ F.normalize(masked - center, dim=1).T  # (B, B)
+        spread = F.normalize(whole, dim=1).std(dim=0, correction=0).norm()
+        center = (whole + masked).mean(dim=0) / 2
+        masked = F.normalize(masked - center, dim=1)
+        cosine = F.normalize(whole - center, dim=1) @ masked.T  # (B, B)
     same = cosine.diagonal().mean()
     different = (cosine.mean() * len(images) - same) / (len(images) - 1)
     return {"invariance": same, "different": different, "feature_std": spread}

@@ -1,134 +1,327 @@
 # SPDX-License-Identifier: MIT
-"""Images per second of whole training steps: ours, transformers' ViTMAE and timm's ViT, in turn.
+"""Images per second of whole training steps: ours, transformers' ViTMAE and timm's ViT.
 
-    pip install transformers timm
-    python tests/bench.py
+    python tests/bench.py                CPU: --steps, --turns; CUDA: cut off after --seconds
+    BENCH_TINY=1 python tests/bench.py   what runs on CUDA, on the CPU and with toy sizes
 
-ViT-Ti/4 at 32 x 32 (width 192, depth 12, 3 heads; decoder 192 x 4 blocks), mask ratio 0.75, batch
-128, two threads on a CPU. Ours is `relaxmim.train` and `finetune.train` as users run them, data,
-optimizer and log included; the others are trained in the plain way on the same crops. Medians over
-all steps of all turns, the first of each turn left out. bfloat16 only where the CPU multiplies it
-natively. The last line is one JSON object.
+Equal work: ViT-Ti/4 at 32 x 32, decoder 192 x 4 blocks (1 in ours_mae, ours_relax, ours_infonce),
+mask ratio 0.75. Ours is the scripts as users run them; the others train plainly on the same crops.
+CPU: batch 128, two threads, in turn, medians. CUDA: batch 2,048, float32 not compiled, a process
+for each variant; those of a wave compile side by side from cold caches (so first_step_s is an upper
+bound), then measure alone. The last line is one JSON object.
 """
 
+import argparse
 import contextlib
-import io
 import json
+import os
+import signal
 import statistics
+import subprocess
 import sys
-import tempfile
 import time
-from itertools import pairwise
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
-import timm
 import torch
-from transformers import ViTMAEConfig, ViTMAEForPreTraining
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import eval_occlusion
 import finetune
 import relaxmim
 
-BATCH, STEPS, TURNS = 128, 7, 3
-DEVICE = relaxmim.pick_device(relaxmim.Config())[0]
+TINY = os.environ.get("BENCH_TINY") == "1"
+CUDA = torch.cuda.is_available() and not TINY
+DEVICE = "cuda" if CUDA else "cpu"
+NATIVE = CUDA or torch.cpu.get_capabilities().get("avx512_bf16", False)
+BATCH = 2048 if CUDA else 8 if TINY else 128
+BASE = (4, 8, 16) if TINY else (256, 512, 1024)  # batches of ViT-B/16
+STEPS, SKIP, READY = (8, 6, 4) if TINY else (60, 20, 5)  # of a variant on CUDA
+MODES = {"reduce-overhead": {"mode": "reduce-overhead"}, "cudagraphs": {"backend": "cudagraphs"}}
+SIZE = {"tiny": ("tiny", 32, 4), "base": ("base", 224, 16), "large": ("large", 224, 16)}
+if TINY:
+    SIZE = dict.fromkeys(SIZE, ("nano", 16, 4))
+    torch.compile = partial(torch.compile, backend="eager")
+SHAPE = {key: (side, p, 3, *relaxmim.SIZES[model]) for key, (model, side, p) in SIZE.items()}
 
 
-def gflops(dtype, n=2048):
-    """Rate of a large matrix product."""
-    a, seconds = torch.randn(n, n, device=DEVICE, dtype=dtype), []
-    for _ in range(6):
-        start = time.perf_counter()
-        (a @ a).sum().item()
-        seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / statistics.median(seconds) / 1e9
+class Enough(Exception): ...
 
 
-def ours(main, *options):
-    """Seconds of each step of a script's run; its loop asks for the learning rate once a step."""
-    times, rate = [], relaxmim.learning_rate
+class Clock:
+    """Takes the time at the start of each step. skip: the first that counts; stop: the end."""
 
-    def clocked(step, config):
-        times.append(time.perf_counter())
-        return rate(step, config)
+    def __init__(self, stop, skip=1):
+        self.stop, self.skip, self.times = stop, skip, []
 
-    relaxmim.learning_rate = clocked
-    options = ["--model", "tiny", "--batch-size", str(BATCH), "--steps", str(STEPS + 1), *options]
-    out, err = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
-    with tempfile.TemporaryDirectory() as folder, out, err:
-        main([*options, "--out", f"{folder}/run"])
-    relaxmim.learning_rate = rate
-    return [b - a for a, b in pairwise(times)]
-
-
-def plain(model, loss, dtype=None):
-    """Seconds of each step but the first of a plain loop over the same crops."""
-    optimizer = torch.optim.AdamW(model.to(DEVICE).train().parameters(), lr=1e-3)
-    names = [f"x/{i}" for i in range(500)]
-    data = relaxmim.Images(names, relaxmim.synthetic_images(range(500), 32))
-    times, indices = [], (torch.randint(500, (BATCH,)).tolist() for _ in range(STEPS + 2))
-    for _, pixels in data.batches(indices, DEVICE):
-        times.append(time.perf_counter())
-        images = relaxmim.random_crops(pixels, torch.rand(5, BATCH, device=DEVICE), 32)
-        with torch.autocast(DEVICE, dtype or torch.bfloat16, enabled=dtype is not None):
-            value = loss(model, images)
-        value.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        value.item()
-    return [b - a for a, b in pairwise(times[1:])]
+    def tick(self):
+        n = len(self.times)
+        if CUDA and n in (1, READY, self.skip, self.stop):
+            torch.cuda.synchronize()
+        if n == READY < self.skip:  # compiled: tell the parent, and wait until alone
+            signal.alarm(0)
+            print("ready", file=sys.__stdout__, flush=True)
+            sys.stdin.readline()
+            signal.alarm(60)  # it ends the process
+        self.times.append(time.perf_counter())
+        if n == self.stop:
+            raise Enough
 
 
-def vitmae(dtype=None):
-    config = ViTMAEConfig(
-        hidden_size=192,
-        num_hidden_layers=12,
-        num_attention_heads=3,
-        intermediate_size=768,
-        image_size=32,
-        patch_size=4,
-        decoder_hidden_size=192,
-        decoder_num_hidden_layers=4,
-        decoder_num_attention_heads=3,
-        decoder_intermediate_size=768,
-        norm_pix_loss=True,
-    )
-    return plain(ViTMAEForPreTraining(config), lambda model, x: model(x).loss, dtype)
+@contextlib.contextmanager
+def quiet():
+    """A temporary folder; what is printed is lost."""
+    with TemporaryDirectory() as folder, open(f"{folder}/printed", "w") as file:  # noqa: SIM117
+        with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            yield folder
 
 
-def timm_vit():
-    sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 12, "num_heads": 3}
-    model = timm.models.VisionTransformer(**sizes, num_classes=6, global_pool="avg")
-    target = torch.randint(6, (BATCH,), device=DEVICE)
-    return plain(model, lambda m, x: torch.nn.functional.cross_entropy(m(x), target))
+def compiled(mode, model, *ignored):
+    """The model, compiled in one of several ways. Takes the place of relaxmim.wrap."""
+    if mode in ("whole", *MODES):
+        return torch.compile(model, **MODES.get(mode, {}))
+    for module in model.modules():
+        if mode == "regional" and isinstance(module, relaxmim.Block):
+            module.compile()
+    return model
+
+
+def script(clock, module, mode="", size="tiny", **options):
+    """Clock the loop of a script, which asks for the learning rate once a step."""
+    rate = relaxmim.learning_rate
+    clocked = patch.object(relaxmim, "learning_rate", lambda *step: clock.tick() or rate(*step))
+    if mode:
+        relaxmim.wrap = partial(compiled, mode)
+    options = {"steps": 4000, "batch_size": BATCH, "device": DEVICE, **options}
+    options.update(zip(("model", "img_size", "patch_size"), SIZE[size]))
+    with quiet() as folder, suppress(Enough), clocked:
+        module.train(module.Config(out=f"{folder}/run", **options))
+
+
+def plain(clock, model, loss, precision="float32", mode="", batch=BATCH, size="tiny"):
+    """Clock a plain loop over the same crops. loss: (model, images) -> loss."""
+    optimizer = torch.optim.AdamW(model.to(DEVICE).train().parameters(), lr=1e-4, fused=True)
+    net = compiled(mode, model)
+    pixels = relaxmim.synthetic_images(range(64), SHAPE[size][0]).to(DEVICE)
+    with suppress(Enough):
+        while True:
+            clock.tick()
+            images = pixels[torch.randint(64, (batch,), device=DEVICE)]
+            draws = torch.rand(batch, 5, device=DEVICE)
+            crops = relaxmim.random_crops(images, SHAPE[size][0], draws)
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bfloat16"):
+                value = loss(net, relaxmim.normalize(crops))
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def vitmae(clock, **options):
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    img_size, patch_size, _, width, depth, heads = SHAPE["tiny"]
+    sizes = {"hidden_size": width, "num_attention_heads": heads, "intermediate_size": 4 * width}
+    sizes.update({f"decoder_{name}": value for name, value in sizes.items()})
+    sizes.update(num_hidden_layers=depth, decoder_num_hidden_layers=4)
+    config = ViTMAEConfig(image_size=img_size, patch_size=patch_size, norm_pix_loss=True, **sizes)
+    plain(clock, ViTMAEForPreTraining(config), lambda m, x: m(x).loss, **options)
+
+
+def timm_vit(clock, **options):
+    from timm.models import VisionTransformer
+
+    img_size, patch_size, _, width, depth, heads = SHAPE["tiny"]
+    sizes = {"embed_dim": width, "depth": depth, "num_heads": heads, "global_pool": "avg"}
+    model = VisionTransformer(img_size, patch_size, num_classes=6, **sizes)
+    y = torch.randint(6, (BATCH,), device=DEVICE)
+    plain(clock, model, lambda m, x: torch.nn.functional.cross_entropy(m(x), y), **options)
+
+
+def same_loss(clock, loss):
+    """Largest relative difference of the loss of any step: by compilation; by bfloat16 itself."""
+    relaxmim.LOG_EVERY = 1
+    size = {"steps": 4, "batch_size": 8} if TINY else {"steps": 200, "batch_size": 128}
+    curves = []
+    for choice, precision in (("no", "bfloat16"), ("yes", "bfloat16"), ("no", "float32")):
+        options = {"loss": loss, "compile": choice, "precision": precision, "device": DEVICE}
+        with quiet() as folder:
+            relaxmim.train(relaxmim.Config(out=f"{folder}/run", **size, **options))
+            lines = Path(folder, "run", "log.jsonl").read_text().splitlines()
+        curves.append(torch.tensor([json.loads(line)["loss"] for line in lines]))
+    apart = [round((curve / curves[0] - 1).abs().max().item(), 5) for curve in curves[1:]]
+    return {f"same_loss_{loss}": apart[0], f"same_loss_{loss}_float32": apart[1]}
+
+
+def first_command():
+    """Seconds of the README's first command, start and end included."""
+    command = f"{sys.executable} {relaxmim.__file__} --loss infonce --num-images 1"
+    command += " --steps 3" * TINY
+    start = time.perf_counter()
+    with TemporaryDirectory() as folder:
+        failed = subprocess.call(command.split(), cwd=folder, stdout=subprocess.DEVNULL)
+    return None if failed else round(time.perf_counter() - start, 1)
+
+
+def matrix_rate(dtype):
+    """GFLOP/s of a large matrix product."""
+    n = 8192 if CUDA else 256 if TINY else 2048
+    a = torch.randn(n, n, device=DEVICE, dtype=dtype)
+    timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
+    return round(2 * n**3 / timer.blocked_autorange(min_run_time=0.5).median / 1e9, 1)
+
+
+def eval_10k():
+    """Seconds in which eval_occlusion.py measures 10,000 images at five ratios, one mask."""
+    n, side = 100 if TINY else 10_000, SHAPE["tiny"][0]
+    pixels = torch.randint(256, (n, 3, side, side), dtype=torch.uint8)
+    images = relaxmim.Images([""] * n, torch.arange(n) % 6, relaxmim.SHAPES, pixels)
+    model = finetune.Classifier(*SHAPE["tiny"], num_classes=6).eval().to(DEVICE)
+    subject = eval_occlusion.Subject("", model, {"img_size": side}, relaxmim.SHAPES, images)
+    task = eval_occlusion.Config(mask_seeds=1), subject, "random", [0, 0.25, 0.5, 0.75, 0.9]
+    start = time.perf_counter()
+    with torch.no_grad():
+        eval_occlusion.accuracy_curve(*task, DEVICE)
+    return round(time.perf_counter() - start, 2)
+
+
+def largest_batch(size):
+    """Largest batch of mae in bfloat16 that fits 78 GiB, not compiled."""
+    if CUDA:
+        card = torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, 78 * 2**30 / card))
+    model = relaxmim.RelaxMIM(relaxmim.ViT(*SHAPE[size]), "mae")
+    largest = 0
+    with suppress(torch.OutOfMemoryError):
+        for batch in (8, 16) if TINY else range(512, 8193, 512):
+            plain(Clock(2), model, lambda m, x: m(x)[0], "bfloat16", batch=batch, size=size)
+            largest = batch
+    return largest
+
+
+pretrain = partial(script, module=relaxmim, num_images=64, decoder_depth=1, loss="mae")
+equal = partial(pretrain, decoder_depth=4)
+fine = partial(script, module=finetune, num_labels=500)
+bf16, fp32 = {"precision": "bfloat16"}, {"precision": "float32", "mode": "eager"}
+VARIANTS = {
+    "ours_default": equal,
+    "ours_eager": partial(equal, mode="eager"),
+    "ours_infonce": partial(pretrain, loss="infonce"),
+    "ours_relax": partial(pretrain, loss="relax"),
+    "ours_mae": pretrain,
+    **{f"base_{batch}": partial(pretrain, size="base", batch_size=batch) for batch in BASE},
+    "vitmae_bf16": partial(vitmae, **bf16),
+    "vitmae_compiled": partial(vitmae, **bf16, mode="whole"),
+    **{f"ours_{mode}": partial(equal, mode=mode) for mode in ("whole", "regional", *MODES)},
+    **{f"same_loss_{loss}": partial(same_loss, loss=loss) for loss in relaxmim.SIMILARITIES},
+    "finetune_bf16": partial(fine, **bf16),
+    "timm_compiled": partial(timm_vit, **bf16, mode="whole"),
+    "ours_fp32": partial(equal, **fp32),
+    "vitmae_fp32": vitmae,
+    "finetune_fp32": partial(fine, **fp32),
+    "timm_fp32": timm_vit,
+    "ours_bf16": partial(equal, **bf16),  # on CUDA that is ours_default
+}
+ON_CUDA = list(VARIANTS)[:-1]  # the most important first
+WAVES = ON_CUDA[:7], ON_CUDA[7:17], ON_CUDA[17:]  # what waits together must fit in 80 GB
+ON_CPU = ["ours_default", "ours_mae", "ours_relax", "ours_infonce"]
+ON_CPU += [name for name in VARIANTS if name.endswith(("fp32", "bf16"))]
+
+
+def report(result, name, value):
+    """Keep a figure, and print it."""
+    result[name] = value
+    print(f"{name:36}{value!s:>12}", flush=True)
+
+
+def measure(name):
+    """One variant on CUDA: print its figures as a line of JSON."""
+    signal.alarm(300 if TINY else 120)  # until it is prepared
+    clock = Clock(STEPS, SKIP)
+    found = VARIANTS[name](clock) or {}
+    if clock.times:
+        batch = int(name[5:]) if name.startswith("base_") else BATCH
+        found[name] = round(batch * (STEPS - SKIP) / (clock.times[-1] - clock.times[SKIP]), 1)
+        found[f"first_step_s_{name}"] = round(clock.times[1] - clock.times[0], 1)
+        found[f"gib_{name}"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
+    print(json.dumps(found), flush=True)
+
+
+def wave(result, names, folder):
+    """Let variants prepare side by side, then measure one after the other."""
+    running = {}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            own = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/{name}"}
+            running[name] = subprocess.Popen([sys.executable, __file__, name], env=own, **pipes)
+            stack.callback(running[name].kill)
+        lines = [process.stdout.readline() for process in running.values()]
+        for (name, process), line in zip(running.items(), lines):
+            if line == "ready\n":
+                print("go", file=process.stdin, flush=True)
+                line = process.stdout.readline()
+            process.kill()
+            process.wait()
+            for key, value in json.loads(line or f'{{"{name}": null}}').items():
+                report(result, key, value)
+
+
+def on_cuda(result):
+    """All variants, each in a process of its own, then what is measured in this one."""
+    report(result, "first_command_s", first_command())
+    model = relaxmim.RelaxMIM(relaxmim.ViT(*SHAPE["base"]), "mae")
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(2, 3, SHAPE["base"][0], SHAPE["base"][0]))[0].backward()
+    report(result, "base_gflop", round(counter.get_total_flops() / 2e9, 2))  # of an image
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "4"
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        for names in WAVES:
+            wave(result, names, folder)
+            best = max(result[f"base_{batch}"] or 0 for batch in BASE if f"base_{batch}" in result)
+            result["base_mae_tflops"] = round(best * result["base_gflop"] / 1000, 1)
+            result["ours_bf16"] = result["ours_default"]
+            result["vitmae_eager"] = result.get("vitmae_bf16")
+    report(result, "eval_10k_s", eval_10k())
+    for size in ("base", "large"):
+        report(result, f"{size}_mae_largest_batch", largest_batch(size))
+
+
+def on_cpu(result, steps, turns):
+    """All contenders in turn. bfloat16 only where it is native."""
+    seconds = {name: [] for name in ON_CPU}
+    for name in turns * ON_CPU:
+        if NATIVE or not name.endswith("bf16"):
+            clock = Clock(steps + 1)
+            VARIANTS[name](clock)
+            seconds[name] += [b - a for a, b in zip(clock.times[1:], clock.times[2:])]
+    for name, found in seconds.items():
+        report(result, name, round(BATCH / statistics.median(found), 1) if found else None)
 
 
 def main():
-    if DEVICE == "cpu":
-        torch.set_num_threads(2)
-    pretrain = relaxmim.main, "--decoder-depth", "4", "--loss"
-    native = DEVICE != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
-    contenders = {
-        "ours_default": lambda: ours(*pretrain, "mae"),
-        "ours_fp32": lambda: ours(*pretrain, "mae", "--precision", "float32"),
-        "vitmae_fp32": vitmae,
-        "ours_relax": lambda: ours(*pretrain, "relax"),
-        "ours_infonce": lambda: ours(*pretrain, "infonce"),
-        "finetune_fp32": lambda: ours(finetune.main, "--precision", "float32"),
-        "timm_fp32": timm_vit,
-    }
-    if native:
-        contenders["ours_bf16"] = lambda: ours(*pretrain, "mae", "--precision", "bfloat16")
-        contenders["vitmae_bf16"] = lambda: vitmae(torch.bfloat16)
-    seconds = {name: [] for name in contenders}
-    for _ in range(TURNS):
-        for name, run in contenders.items():
-            seconds[name] += run()
-    result = {"ours_bf16": None, "vitmae_bf16": None}
-    result |= {name: round(BATCH / statistics.median(s), 1) for name, s in seconds.items()}
-    result["fp32_gflops"] = round(gflops(torch.float32), 1)
-    result["bf16_gflops"] = round(gflops(torch.bfloat16), 1) if native else None
-    for name, value in result.items():
-        print(f"{name:16}{value or 'not native':>12}")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("variant", nargs="?", help="CUDA: only this; < /dev/null")
+    for name, default in (("--seconds", 235), ("--steps", 5), ("--turns", 3)):
+        parser.add_argument(name, type=int, default=default)
+    options = parser.parse_args()
+    if options.variant:
+        return measure(options.variant)
+    torch.set_num_threads(16 if CUDA else 2)
+    result = {}
+    report(result, "fp32_gflops", matrix_rate(torch.float32))
+    report(result, "bf16_gflops", matrix_rate(torch.bfloat16) if NATIVE else None)
+    if CUDA or TINY:
+        signal.signal(signal.SIGALRM, lambda *_: sys.exit("out of time"))
+        signal.alarm(options.seconds)
+        with suppress(SystemExit):
+            on_cuda(result)
+    else:
+        on_cpu(result, options.steps, options.turns)
     print(json.dumps(result))
 
 

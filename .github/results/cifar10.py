@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GPU = ["--model", "tiny", "--batch-size", "1024", "--compile", "yes"]
 AUGMENT = ["--drop-path", "0.1", "--cutmix", "1.0", "--mixup", "0.2", "--smallest-crop", "0.4"]
 SCALES = {  # options of all trainings; those of fine-tuning; steps of pretraining, of fine-tuning
-    "gpu": {"common": GPU, "tune": AUGMENT, "steps": [2000, 1200], "long": 2400, "probe": 300},
+    "gpu": {"common": GPU, "tune": AUGMENT, "steps": [2000, 1000], "long": 2000, "probe": 300},
     "laptop": {"tune": ["--num-labels", "10000"], "steps": [500, 250], "long": 450},
     "tiny": {"common": ["--batch-size", "8"], "tune": AUGMENT, "steps": [2, 2], "probe": 2},
     "alone": {"common": GPU, "tune": AUGMENT, "steps": [24000, 7000]},
@@ -37,9 +37,10 @@ def starts(scale, data, photo):
     """Name of each start, and the options of its pretraining; None: from scratch."""
     if scale == "alone":
         return {"mae": ["--loss", "mae", "--data", data]}
-    found = {"scratch": None, "scratch-long": None}
+    found = {"scratch": None}
     for loss in ("relax", "infonce", "mae"):
         found[loss] = ["--loss", loss, "--data", data]
+    found["scratch-long"] = None
     found["infonce-photo"] = ["--loss", "infonce", "--data", photo]
     found["mae-photo"] = ["--loss", "mae", "--data", photo]
     found["infonce-embedded"] = ["--loss", "infonce", "--num-images", "1"]
@@ -82,7 +83,8 @@ def train_start(name, pretraining, args):
     run("relaxmim.py", encoder, *pretraining, *common, "--steps", str(steps))
     run("finetune.py", args.out / f"ft-{name}", str(encoder), *tune)
     if "probe" in scale:
-        probe = [*common, "--data", args.data, "--steps", str(scale["probe"]), "--linear-probe"]
+        probe = [*common, "--compile", "no", "--data", args.data, "--linear-probe"]
+        probe += ["--steps", str(scale["probe"])]
         run("finetune.py", args.out / f"probe-{name}", str(encoder), *probe)
 
 

@@ -69,6 +69,8 @@ def check(config):
         if name not in mim.MASKS:
             raise Mistake(f"--masks {name}: must be of {', '.join(mim.MASKS)}")
     mim.check_values(config)
+    if config.cue_conflict and not Path(config.cue_conflict).is_dir():
+        raise Mistake(f"--cue-conflict {config.cue_conflict}: no such folder")
     if Path(config.out, "occlusion.json").exists() and not config.overwrite:
         raise Mistake(f"--out {config.out}: has results; add --overwrite, or choose another folder")
     return ratios, masks
@@ -83,6 +85,7 @@ class Subject:
     settings: dict  # model, patch_size, img_size, in_chans
     classes: list | None = None  # None: no head
     images: mim.Images | None = None  # labels index into classes
+    count: int = 0  # of images that could be read
 
 
 def open_model(path, device, trained=True):
@@ -165,6 +168,7 @@ def occluded_batches(config, subject, mask, ratio, mask_seed, device):
         images = whole_images(pixels, subject.settings["img_size"])
         patch_size = subject.model.patch_size
         inputs = occlude(images, visible.to(device), hidden.to(device), patch_size, config.fill)
+        subject.count = len(labels) + (subject.count if number > 0 else 0)
         yield inputs, labels
 
 
@@ -220,7 +224,7 @@ def accuracy_table(config, subjects, ratios, masks, device):
                 cells = [f"{100 * value:.1f} ± {100 * std:.1f}" for value, std in curve]
             rows.append([subject.name, *cells, f"{100 * auc:.1f}", f"{100 * retention:.0f}"])
         head = ["model", *[f"{ratio:.0%}" for ratio in ratios], "AUC", "retention"]
-        count = f"{len(subjects[0].images)} images"
+        count = f"{subjects[0].count} images"
         title = f"accuracy in %, {count}, share hidden ({mask}, {config.fill})"
         print_table(title, head, rows)
     return result
@@ -381,7 +385,7 @@ def evaluate(config):
     with mim.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
-    result = {"config": asdict(config), "ratios": ratios, "images": len(subjects[0].images)}
+    result = {"config": asdict(config), "ratios": ratios}
     classifiers = [subject for subject in subjects if subject.classes]
     measured = [subject for subject in subjects if config.features or not subject.classes]
     if classifiers:
@@ -395,6 +399,7 @@ def evaluate(config):
     if config.cue_conflict:
         result["shape_bias"] = shape_table(config, subjects, device)
 
+    result["images"] = subjects[0].count
     draw_examples(config, subjects[0], ratios, masks, device)
     percent = [100 * ratio for ratio in ratios]
     if classifiers:

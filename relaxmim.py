@@ -422,6 +422,7 @@ def invariance(encoder, images, visible):
 # Everything above this line needs only the standard library and torch: copy it.
 
 import argparse
+import io
 import json
 import multiprocessing
 import os
@@ -922,6 +923,8 @@ def wrap(model, config, device):
 def command_line():
     """Turn a Mistake into one line and exit status 2, and leave no worker behind."""
     warnings.showwarning = lambda message, *_: print(message, file=sys.stderr)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names that are not UTF-8
     try:
         yield
     except Mistake as error:
@@ -1013,14 +1016,17 @@ def start_run(config):
 def open_log(config, images, resumed):
     """Write config.json, images.txt, and log.jsonl up to the resumed step; return its last line."""
     folder = Path(config.out)
+    names = "".join(f"{name}\n" for name in images.names)
     log = []
     if resumed:
+        if (folder / "images.txt").read_bytes() != names.encode("utf-8", "surrogateescape"):
+            raise Mistake(f"--data {config.data}: not the images that the run began with")
         lines = (folder / "log.jsonl").read_text().splitlines()
         log = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be cut off
         log = [record for record in log if record["step"] <= resumed["step"]]
     if RANK == 0:
         write_text(folder / "config.json", json.dumps(asdict(config), indent=2) + "\n")
-        write_text(folder / "images.txt", "".join(f"{name}\n" for name in images.names))
+        write_text(folder / "images.txt", names)
         write_text(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in log))
     return log[-1] if log else {}
 
@@ -1030,11 +1036,12 @@ def save_picture(path, rows, columns=()):
     images = torch.cat(list(rows.values())).cpu()
     images = F.interpolate(images, scale_factor=math.ceil(96 / images.shape[-1]))  # not blurred
     grid = make_grid(images.clamp(0, 1), len(images) // len(rows), padding=4, pad_value=1.0)
-    picture = ImageOps.expand(tv.to_pil_image(grid), (170, 24, 0, 0), "white")
+    top = 24 if columns else 0
+    picture = ImageOps.expand(tv.to_pil_image(grid), (170, top, 0, 0), "white")
     text = ImageDraw.Draw(picture)
     font = ImageFont.load_default(16)
     for i, label in enumerate(rows):
-        y = 24 + (images.shape[2] + 4) * (i + 0.5)
+        y = top + (images.shape[2] + 4) * (i + 0.5)
         text.text((8, y), label, "black", font, anchor="lm")
     for i, label in enumerate(columns):
         x = 170 + (images.shape[3] + 4) * (i + 0.5)

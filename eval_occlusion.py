@@ -357,18 +357,21 @@ def draw_curves(path, panels, x, xlabel, ylabel, chance=None):
     except ImportError:
         print(f"no {path.name}: matplotlib is not installed")
         return
-    shape = {"figsize": (5 * len(panels), 4), "sharey": True, "squeeze": False}
-    figure, axes = pyplot.subplots(1, len(panels), **shape)
+    size = (5 * len(panels) + 2, 4)
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
     for axis, (title, curves) in zip(axes[0], panels.items()):
         for name, values in curves.items():
-            values = torch.tensor(values).reshape(len(values), -1)
-            axis.errorbar(x[: len(values)], *values.T.tolist(), label=name)
+            y, *std = torch.tensor(values).reshape(len(values), -1).T
+            axis.plot(x[: len(y)], y, marker=".", label=name)
+            for width in std:
+                axis.fill_between(x[: len(y)], y - width, y + width, alpha=0.2)
         if chance is not None:
             axis.axhline(chance, color="grey", linestyle=":", label="chance")
         axis.set(title=title, xlabel=xlabel)
     axes[0, 0].set_ylabel(ylabel)
-    axes[0, -1].legend()
-    figure.tight_layout()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
     with mim.writing(path):
         figure.savefig(path, dpi=100)
     pyplot.close(figure)

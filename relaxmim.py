@@ -653,9 +653,8 @@ def open_data(config, train=True, labelled=False, count=0):
     labelled: a folder has a folder for each class. count: size of a random subset; 0: all.
     """
     if config.data == "synthetic":
-        n = 5000 if train else 1000
-        labels = torch.arange(n) % 6
-        images = Images([str(i if train else 5000 + i) for i in range(n)], labels, SHAPES)
+        index = torch.arange(5000) if train else torch.arange(5000, 6000)
+        images = Images([str(i) for i in index.tolist()], index % 6, SHAPES)
     elif config.data in ("cifar10", "cifar100"):
         kind = datasets.CIFAR10 if config.data == "cifar10" else datasets.CIFAR100
         try:

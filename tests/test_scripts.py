@@ -796,3 +796,13 @@ def test_help_names_every_option_and_every_value_out_of_range_is_refused(module,
             pattern = f"{name}.*{re.escape(str(value))}"
             mistake(pattern, module.main, *checkpoint, f"{name}={value}", "--out=o")
     assert not list(Path().glob("o/*"))
+
+
+def test_the_label_of_an_embedded_image_is_the_shape_that_is_drawn():
+    """synthetic_images draws SHAPES[i % 6] in image i."""
+    for train in (True, False):
+        images = relaxmim.open_data(relaxmim.Config(), train=train)
+        assert [int(name) % 6 for name in images.names] == images.labels.tolist()
+        first = int(images.names[0])
+        assert first == (0 if train else 5000)
+        assert torch.equal(images.pixels[:2], relaxmim.synthetic_images([first, first + 1], 32))

@@ -3,7 +3,7 @@
 
 Siamese learning shows an encoder f two views of an image and pulls their features together. Masked
 image modeling hides patches of an image and trains a decoder d to reconstruct them. Kong and Zhang
-(arXiv 2208.04164, CVPR 2023) show that the second is a case of the first. Write x for an image, M
+(arXiv 2208.04164, CVPR 2023) argue that the second is a case of the first. Write x for an image, M
 for its visible patches, 1-M for its hidden patches, and sg[.] for a stop-gradient:
 
     (1) siamese    min measure( f(T1(x)), f(T2(x)) )             T: what to become invariant to
@@ -22,7 +22,7 @@ position subtracted and are scaled to unit length; j runs over the hidden patche
 Every norm is a mean over elements. By default, x in (2), (3) and (5) is normalised per patch.
 
 Contents: Masks, Model, Similarities, RelaxMIM, CropContrast, invariance; and to train them: Data,
-Config, Training, main. Every number here is our choice, not the paper's.
+Config, Training, main. The form of (2) to (6) and every number are our choice, not the paper's.
 
     python relaxmim.py --loss infonce --num-images 1    one embedded image: 2 minutes on 2 CPU cores
     python relaxmim.py --loss mae --data cifar10        or a folder of images, or one photograph

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
 """The tables on CIFAR-10: each start by one recipe, then occlusion, features and shape bias.
 
-    python .github/results/cifar10.py gpu DATA PHOTO CUES --seed 0      8 minutes on one H100
-    python .github/results/cifar10.py laptop DATA PHOTO CUES --seed 0   3 hours on two CPU cores
+    python .github/results/cifar10.py gpu DATA PHOTO CUES --seed 0      8 minutes on one H200
+    python .github/results/cifar10.py laptop DATA PHOTO CUES --seed 0   3 hours on 2 cores, estimated
     python .github/results/cifar10.py tiny DATA PHOTO CUES              to try the script
-    python .github/results/cifar10.py alone DATA PHOTO CUES             mae alone, 10 minutes on one
+    python .github/results/cifar10.py alone DATA PHOTO CUES             mae alone; not measured
 
 DATA: CIFAR-10 as a folder of train/CLASS and test/CLASS, or "cifar10". PHOTO: one photograph. CUES:
 a folder of cue-conflict images (Geirhos et al., 2019). Trainings run side by side, each in a process
-of its own: --together, 8 on a GPU, 2 on two cores. A GPU shares itself better after
+of its own: --together 4 is for a GPU, 2 for two cores. A GPU shares itself better after
 `nvidia-cuda-mps-control -d`. What is finished is skipped and what was cut off is resumed, so the
 same command goes on after an interruption. Prints the table and writes it to summary.json.
 """
@@ -167,7 +167,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="default: runs/SCALE-SEED")
     parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--together", type=int, default=8, help="trainings side by side")
+    parser.add_argument("--together", type=int, default=4, help="trainings side by side")
     args = parser.parse_args()
     args.out = args.out or Path("runs", f"{args.scale}-{args.seed}")
     args.out.mkdir(parents=True, exist_ok=True)

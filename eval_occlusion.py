@@ -3,7 +3,7 @@
 
     python eval_occlusion.py runs/finetune-A runs/finetune-B   accuracy of classifiers, side by side
     python eval_occlusion.py runs/infonce-synthetic-1          features of an encoder without a head
-    python eval_occlusion.py runs/finetune-A --fill swap       behind other images' patches
+    python eval_occlusion.py runs/finetune-A --fill swap       covered by other images' patches
 
 Every model sees the same images behind the same masks. Everything is computed in float32. Written:
 occlusion.json, all figures; occlusion.png, what the models were shown; and with matplotlib
@@ -27,15 +27,17 @@ import relaxmim as mim
 from finetune import Classifier, load_encoder, load_weights, relabel, whole_images
 from relaxmim import Mistake, option
 
+FILLS = ("drop", "grey", "swap")  # swap: with the patches of another image
+
 
 @dataclass
 class Config:
     """What to measure, and on what."""
 
-    checkpoints: tuple = option((), "runs' folders or files of weights", "*")
+    checkpoints: tuple = option((), "runs' folders or files of weights", nargs="*")
     ratios: str = option("0,0.25,0.5,0.75,0.9", "shares of the patches that are hidden")
     masks: str = option("random,block", f"how they are chosen: {', '.join(mim.MASKS)}")
-    fill: str = option("drop", "hidden patches are: drop, left out; grey; swap, another image's")
+    fill: str = option("drop", "drop hidden patches, or cover them", choices=FILLS)
     mask_seeds: int = option(3, "number of masks for every image")
     features: bool = option(False, "measure the features of classifiers too")
     cue_conflict: str = option("", "folder of SHAPEn-TEXTUREm.png: measure shape bias")
@@ -67,7 +69,7 @@ def check(config):
     masks = config.masks.split(",")
     for name in masks:
         if name not in mim.MASKS:
-            raise Mistake(f"--masks {name}: must be of {', '.join(mim.MASKS)}")
+            raise Mistake(f"--masks {name}: must be one of {', '.join(mim.MASKS)}")
     mim.check_values(config)
     if config.cue_conflict and not Path(config.cue_conflict).is_dir():
         raise Mistake(f"--cue-conflict {config.cue_conflict}: no such folder")
@@ -131,7 +133,9 @@ def open_images(config, subjects):
     config.img_size = max(subject.settings["img_size"] for subject in subjects)
     labelled = any(subject.classes for subject in subjects)
     images = mim.open_data(config, train=False, labelled=labelled)
-    images = images.subset(mim.choose(len(images), config.num_images, config.seed))
+    images = images.subset(
+        mim.choose(len(images), min(config.num_images, len(images)), config.seed)
+    )
     if len(images) < 2:
         raise Mistake(f"--data {config.data}: one image; must be two or more")
     for subject in subjects:
@@ -210,11 +214,9 @@ def accuracy_table(config, subjects, ratios, masks, device):
         rows = []
         for subject in subjects:
             curve = accuracy_curve(config, subject, mask, ratios, device)
-            clean = (
-                curve[0][0]
-                if ratios[0] == 0
-                else accuracy_curve(config, subject, mask, [0.0], device)[0][0]
-            )
+            clean = curve[0][0]
+            if ratios[0] > 0:
+                clean = accuracy_curve(config, subject, mask, [0.0], device)[0][0]
             auc = area_under_curve(ratios, [value for value, _ in curve])
             retention = auc / clean if clean > 0 else 0.0
             figures = {"accuracy": curve, "clean": clean, "auc": auc, "retention": retention}

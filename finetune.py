@@ -6,8 +6,8 @@
     python finetune.py runs/mae-cifar10 --linear-probe        a linear head on the frozen encoder
     python finetune.py mae_pretrain_vit_base.pth --data DIR   weights of MAE or timm
 
-Test images are looked at once, at the end, and nothing is chosen by them. To choose settings, use
---validate, which holds out a tenth of the training images and reports on that.
+Test images are looked at once, at the end, and no setting is chosen on them. To choose settings,
+use --validate, which holds out a tenth of the training images and reports on that.
 """
 
 import argparse
@@ -31,14 +31,16 @@ from relaxmim import Mistake, option
 
 @dataclass
 class Config:
-    """Every hyperparameter of fine-tuning. Sizes of 0 or "" are the checkpoint's."""
+    """Every hyperparameter of fine-tuning. Where it is 0 or "", a size is the checkpoint's."""
 
-    checkpoint: str = option("", "a run's folder or a file of weights; empty: from scratch", "?")
+    checkpoint: str = option(
+        "", "a run's folder or a file of weights; empty: from scratch", nargs="?"
+    )
     data: str = option("synthetic", "synthetic, cifar10, cifar100 or a folder")
     num_labels: int = option(0, "size of a random subset to train on; 0: all images")
     validate: bool = option(False, "report on a tenth held out from train, never on test")
-    linear_probe: bool = option(False, "frozen encoder: a linear head, and nearest neighbours")
-    model: str = option("", "size of the encoder; from scratch: nano")
+    linear_probe: bool = option(False, "freeze the encoder: linear head, nearest neighbours")
+    model: str = option("", "size of the encoder; from scratch: nano", choices=["", *mim.SIZES])
     patch_size: int = option(0, "side of a patch in pixels; from scratch: 4")
     img_size: int = option(0, "side of an image in pixels; from scratch: 32")
     in_chans: int = option(0, "3: RGB, 1: grey; from scratch: 3")
@@ -49,7 +51,7 @@ class Config:
     batch_size: int = option(128, "images in a step, over all processes")
     lr: float = option(1e-3, "peak learning rate, of the head")
     layer_decay: float = option(1.0, "learning rate of a block relative to the next one")
-    weight_decay: float = option(0.05, "weight decay of matrices")
+    weight_decay: float = option(0.05, "weight decay, but not of biases and norms")
     drop_path: float = option(0.0, "stochastic depth, in the last block")
     label_smoothing: float = option(0.1, "label smoothing")
     mixup: float = option(0.0, "alpha of MixUp; 0: off")
@@ -60,8 +62,10 @@ class Config:
     resume: bool = option(False, "resume the run in that folder")
     save_every: int = option(500, "steps between checkpoints")
     device: str = option("auto", "auto, cpu, cuda or mps")
-    precision: str = option("auto", "float32, bfloat16; auto: bfloat16 where it is native")
-    compile: str = option("auto", "yes, no; auto: on CUDA, for 2,000 steps and more")
+    precision: str = option("auto", "auto: bfloat16 where it is native", choices=mim.PRECISIONS)
+    compile: str = option(
+        "auto", "auto: on CUDA, 2,000 steps or more", choices=("auto", "yes", "no")
+    )
 
 
 class Classifier(mim.ViT):
@@ -129,9 +133,8 @@ def resize_positions(pos_embed, grid):
     """Position embeddings (1, 1 + N, D) for another grid: sin-cos anew, learned interpolated."""
     side = math.isqrt(pos_embed.shape[1] - 1)
     dim = pos_embed.shape[2]
-    if torch.allclose(
-        pos_embed, mim.sincos_positions((side, side), dim), atol=5e-3
-    ):  # also in half precision
+    fixed = mim.sincos_positions((side, side), dim)
+    if torch.allclose(pos_embed, fixed, atol=5e-3):  # even if it was stored in half precision
         return mim.sincos_positions(grid, dim)
     table = pos_embed[:, 1:].mT.unflatten(2, (side, side))  # (1, D, side, side)
     table = F.interpolate(table, grid, mode="bicubic", antialias=True)
@@ -139,7 +142,7 @@ def resize_positions(pos_embed, grid):
 
 
 def load_weights(model, weights, path, new=()):
-    """Load weights into a model, except those whose names begin with one of new. Raises Mistake."""
+    """Load weights into a model, except those that start with a prefix in new. Raises Mistake."""
     weights = {name: value for name, value in weights.items() if not name.startswith(new)}
     weights["pos_embed"] = resize_positions(weights["pos_embed"], model.grid)
     try:
@@ -173,7 +176,7 @@ def relabel(images, classes, owner):
     return replace(images, labels=table[images.labels], classes=classes)
 
 
-def open_parts(config):
+def open_train_and_test(config):
     """The Images to train on and those to report on, with the same classes. Raises Mistake."""
     test = None if config.validate else mim.open_data(config, train=False, labelled=True)
     images = mim.open_data(config, labelled=True)
@@ -186,9 +189,8 @@ def open_parts(config):
             raise Mistake(f"--validate: needs 10 images or more, --data has {len(images)}")
         test = images.subset(order[:tenth])
         images = images.subset(order[tenth:])
-    if config.num_labels > len(images):
-        raise Mistake(f"--num-labels {config.num_labels}: there are {len(images)} images")
-    images = images.subset(mim.choose(len(images), config.num_labels, config.seed))
+    index = mim.choose(len(images), config.num_labels, config.seed, "--num-labels")
+    images = images.subset(index)
     return images, relabel(test, images.classes, "the training set")
 
 
@@ -265,7 +267,7 @@ def train(config):
     device, autocast = mim.pick_device(config)
     resumed = mim.start_run(config)
 
-    images, test = open_parts(config)
+    images, test = open_train_and_test(config)
     mim.open_log(config, images, resumed)
 
     mim.seed_all(config.seed, 2**32)
@@ -291,13 +293,14 @@ def train(config):
     kinds = ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix))
     mixes = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha > 0]
     mix = v2.RandomChoice(mixes) if mixes else v2.Identity()
-    part = "validation" if config.validate else "test"
+    split = "validation" if config.validate else "test"
     if mim.RANK == 0:
         print(f"{len(images)} images, {config.steps} steps of {B}, on {device}")
 
     order = islice(mim.batch_order(len(images), B, config.steps, config.seed), first, None)
-    order = (index[mim.MINE] for index in order)
-    batches = images.batches(order, device, config.workers, fill=True)
+    batches = images.batches(
+        (index[mim.MINE] for index in order), device, config.workers, fill=True
+    )
     every = 0.1 if sys.stderr.isatty() else 30  # seconds
     bar = tqdm(batches, total=config.steps, initial=first, mininterval=every, disable=mim.RANK > 0)
     step = first
@@ -354,15 +357,15 @@ def train(config):
     if mim.RANK > 0:
         return {}
     share, count = accuracy(model, test, config.img_size, device, config.workers)
-    result = {f"{part}_accuracy": share, "images": count}
+    result = {f"{split}_accuracy": share, "images": count}
     if config.linear_probe:
         found = neighbour_accuracy(model, images, test, config.img_size, device, config.workers)
-        result[f"{part}_accuracy_of_neighbours"] = found
-        print(f"{part} accuracy of 20 nearest neighbours: {found:.2%}")
+        result[f"{split}_accuracy_of_neighbours"] = found
+        print(f"{split} accuracy of 20 nearest neighbours: {found:.2%}")
     result["minutes"] = round((time.time() - begun) / 60, 2)
     result.update(asdict(config))
     mim.write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
-    print(f"{part} accuracy, {count} images: {share:.2%}")
+    print(f"{split} accuracy, {count} images: {share:.2%}")
     print(f"written to {folder}")
     return result
 

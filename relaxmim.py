@@ -2,9 +2,9 @@
 """RelaxMIM: masked image modeling is siamese learning of occlusion-invariant features.
 
 Siamese learning shows an encoder f two views of an image and pulls their features together. Masked
-image modeling hides patches of an image and trains a decoder d to reconstruct them. Kong and Zhang
-(arXiv 2208.04164, CVPR 2023) argue that the second is a case of the first. Write x for an image, M
-for its visible patches, 1-M for its hidden patches, and sg[.] for a stop-gradient:
+image modeling hides patches of an image; in the masked autoencoder (MAE) a decoder d reconstructs
+them. Kong and Zhang (arXiv 2208.04164, CVPR 2023) argue that the second is a case of the first.
+Write x for an image, M for its visible patches, 1-M for its hidden ones, sg[.] for a stop-gradient:
 
     (1) siamese    min measure( f(T1(x)), f(T2(x)) )             T: what to become invariant to
     (2) MAE        L = || (d(f(x M)) - x) (1-M) ||^2
@@ -42,7 +42,7 @@ from torch import nn
 # p x p pixels or P = p*p*C values; D is the width of the tokens.
 
 # --------------------------------------------------------------------------------------- Masks
-# A mask is a pair of index tensors, visible (B, V) and hidden (B, K). Patches count row by row.
+# A mask is a pair of indices, visible (B, V) and hidden (B, K). Patches are numbered row by row.
 
 
 def patch_coords(grid, device=None):
@@ -89,7 +89,7 @@ def grid_mask(batch, grid, ratio, generator=None, device=None):
 
 
 def mask_indices(mask):
-    """A mask of your own, bool (B, N), True = hidden, as visible (B, V) and hidden (B, K)."""
+    """Convert a bool mask (B, N), True = hidden, to visible (B, V) and hidden (B, K)."""
     num_hidden = mask.sum(dim=1)
     if (num_hidden != num_hidden[0]).any():
         raise ValueError("a mask must hide the same number of patches in every image")
@@ -132,7 +132,7 @@ def sincos_positions(grid, dim):
 
 
 def drop_path(x, rate, training):
-    """Stochastic depth: set x (B, N, D) to zero for a share `rate` of the images."""
+    """Stochastic depth: zero x (B, N, D) for each image with probability rate; rescale the rest."""
     if rate == 0:
         return x
     return x * F.dropout(x.new_ones(len(x), 1, 1), rate, training)
@@ -150,7 +150,7 @@ class Attention(nn.Module):
     def forward(self, x):
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, N, 3, heads, D/heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, D/heads) each
-        if x.device.type == "cpu":  # written out: a bfloat16 step of nano is 2.8 times faster
+        if x.device.type == "cpu":  # written out: with AMX, 2.8 times faster in bfloat16
             scale = q.shape[-1] ** -0.5
             x = (q * scale @ k.mT).softmax(dim=-1) @ v
         else:
@@ -231,9 +231,9 @@ class Decoder(nn.Module):
         """tokens (B, 1 + V, D), visible (B, V), hidden (B, K) -> (B, K, out_dim)."""
         position = self.decoder_pos_embed.expand(len(tokens), -1, -1)  # (B, 1 + N, D)
         x = self.decoder_embed(tokens)  # (B, 1 + V, D)
-        x = x + gather_tokens(position, F.pad(visible + 1, (1, 0)))  # 0: the class token's
+        x = x + gather_tokens(position, F.pad(visible + 1, (1, 0)))  # 0 is the class token
         masked = self.mask_token + gather_tokens(position, hidden + 1)  # (B, K, D)
-        x = torch.cat([x, masked], dim=1)  # (B, 1 + N, D); to attention the order is nothing
+        x = torch.cat([x, masked], dim=1)  # (B, 1 + N, D); attention ignores order
         for block in self.decoder_blocks:
             x = block(x)
         return self.decoder_pred(self.decoder_norm(x[:, tokens.shape[1] :]))
@@ -243,7 +243,7 @@ class Decoder(nn.Module):
 
 
 def mae_loss(pred, target):
-    """(2)  || (d(z1) - x) (1-M) ||^2, pred: d(z1), target: x, at the hidden patches, (B, K, P)."""
+    """(2)  || (d(z1) - x) (1-M) ||^2: MAE's squared error. pred: d(z1), target: x, (B, K, P)."""
     return (pred.float() - target.float()).square().mean()
 
 
@@ -259,10 +259,10 @@ def relax_loss(d1, d2, target, weight=1.0):
 def info_nce(q, k, temperature):
     """(6)  -log( exp(q_i.k_i / tau) / sum_j exp(q_i.k_j / tau) )
 
-    q, k: (..., n, D), scaled to unit length here. Returns the mean loss, log(n) if features do not
-    depend on the image, and the share of queries whose positive is the most similar key.
+    q, k: (..., n, D), scaled to unit length here. Returns the mean loss, log(n) if all keys are
+    alike, and the share of queries whose positive is the most similar key.
     """
-    q = F.normalize(q.float(), dim=-1, eps=1e-5)  # rounding errors alone stay near zero
+    q = F.normalize(q.float(), dim=-1, eps=1e-5)  # eps: rounding noise stays small
     k = F.normalize(k.float(), dim=-1, eps=1e-5)
     with torch.autocast(q.device.type, enabled=False):  # bfloat16 is too coarse for exp(1/tau)
         logits = q @ k.mT / temperature  # (..., n, n)
@@ -272,10 +272,10 @@ def info_nce(q, k, temperature):
 
 
 def subtract_position_mean(tokens, index, num_patches):
-    """Subtract from tokens (B, K, D) of the patches index (B, K) the batch mean at their position.
+    """Subtract from tokens (B, K, D), at patches index (B, K), the batch mean at each position.
 
-    What all images share at a position identifies the positive, whatever the image shows. With it
-    subtracted, only the image itself can tell.
+    Otherwise the position alone identifies the positive, whatever the image shows. With what all
+    images share at a position subtracted, only the image itself can tell.
     """
     tokens = tokens.float()
     index = index[..., None].expand_as(tokens)  # (B, K, D)
@@ -287,7 +287,7 @@ def subtract_position_mean(tokens, index, num_patches):
 
 
 def mae(model, images, visible, hidden):
-    """MAE encodes one view; the other is the pixels of the hidden patches themselves."""
+    """MAE encodes one view; its other view is the raw pixels of the hidden patches."""
     z1 = model.encoder(images, visible)  # f(x M): (B, 1 + V, D)
     pred = model.decoder(z1, visible, hidden)  # d(z1): (B, K, P)
     return mae_loss(pred, model.target(images, hidden)), {}
@@ -307,7 +307,7 @@ def relax(model, images, visible, hidden):
 
 
 def infonce(model, images, visible, hidden):
-    """InfoNCE compares tokens. Raises ValueError for one image: minus their mean they are 0."""
+    """InfoNCE compares tokens. Raises ValueError for one image: centered, its features are zero."""
     if len(images) < 2:
         raise ValueError("infonce needs a batch of at least 2 images")
     z1 = model.encoder(images, visible)  # f(x M): (B, 1 + V, D)
@@ -364,7 +364,7 @@ class RelaxMIM(nn.Module):
             self.decoder2 = nn.Linear(dim, out_dim)
 
     def forward(self, images, visible=None, hidden=None):
-        """images (B, C, H, W), and a mask or None for a random one -> loss, metrics (a dict)."""
+        """images (B, C, H, W) and a mask (None: random) -> loss, metrics (a dict of numbers)."""
         if visible is None:
             grid = self.encoder.grid
             visible, hidden = random_mask(len(images), grid, self.mask_ratio, device=images.device)
@@ -381,7 +381,7 @@ class RelaxMIM(nn.Module):
 
 
 class CropContrast(nn.Module):
-    """Conventional siamese learning, (1) with T = crop and colour. Negatives: the other images."""
+    """Conventional siamese learning, (1) with T = crop and colour. Negatives: the batch."""
 
     def __init__(self, encoder, temperature=0.2):
         super().__init__()
@@ -439,7 +439,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import distributed
-from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.ops import roi_align
@@ -462,8 +461,8 @@ def synthetic_images(index, size, seed=0):
     Image i depends on (seed, i) alone. Its object, near the centre, has the shape SHAPES[i % 6].
     index: n integers. Returns uint8 (n, 3, size, size).
     """
-    draws = [np.random.default_rng([seed, i]).random((26, 8)) for i in index]
-    draws = torch.tensor(np.stack(draws)).float()[..., None, None]  # (n, layers, 8, 1, 1)
+    numbers = [np.random.default_rng([seed, i]).random((26, 8)) for i in index]
+    draws = torch.tensor(np.stack(numbers)).float()[..., None, None]  # (n, layers, 8, 1, 1)
     y = torch.linspace(-1, 1, size)[:, None]
     x = torch.linspace(-1, 1, size)
     images = draws[:, 0, 5:].expand(-1, -1, size, size)
@@ -488,16 +487,17 @@ def synthetic_images(index, size, seed=0):
 def find_images(folder, ancestors=()):
     """Image files below folder. Follows links, but not to an ancestor; skips names like .x."""
     here = os.path.realpath(folder)
-    found = []
-    entries = [] if here in ancestors else os.scandir(folder)
-    for entry in entries:
+    if here in ancestors:
+        return []
+    paths = []
+    for entry in os.scandir(folder):
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            found += find_images(entry.path, (*ancestors, here))
+            paths += find_images(entry.path, (*ancestors, here))
         elif entry.name.lower().endswith(datasets.folder.IMG_EXTENSIONS):
-            found.append(entry.path)
-    return sorted(found)
+            paths.append(entry.path)
+    return sorted(paths)
 
 
 def read_image(path, in_chans, side=None):
@@ -522,7 +522,7 @@ def ignore_sigterm(worker):
 
 
 def collate(batch, fill):
-    """The readable images of a batch, (index, pixels) each. With fill, also in place of others."""
+    """The readable images of a batch of (index, pixels); with fill, repeated for the others."""
     good = [item for item in batch if item[1] is not None]
     if not good:
         return [], None
@@ -534,7 +534,7 @@ def collate(batch, fill):
 
 @dataclass
 class Images(Dataset):
-    """Images and their labels. Pixels are in memory, or else names are files to be read."""
+    """Images and their labels. Without pixels, names are files, read when needed."""
 
     names: list
     labels: torch.Tensor  # int64 (n,), index into classes; 0 without labels
@@ -575,8 +575,8 @@ class Images(Dataset):
     def batches(self, indices, device, workers=0, fill=False):
         """For each index (B,) of indices: pixels (B, C, H, W), uint8, and labels (B,), on device.
 
-        The pixels of a set of one image are (1, C, H, W). Damaged files are left out, or with fill
-        replaced by other images of their batch, with their own labels.
+        The pixels of a set of one image are (1, C, H, W). Damaged files are left out; with fill,
+        readable images of the same batch, with their labels, are repeated instead.
         """
         if self.pixels is None:
             for index, pixels in self.read(indices, workers, fill):
@@ -592,32 +592,31 @@ class Images(Dataset):
 def find_files(config, train, labelled):
     """Images, none of them read yet, of the folder or the photograph that config.data names."""
     root = Path(config.data)
-    if config.data and root.is_file():
+    if root.is_file():
         return Images([config.data], torch.tensor([0]), [])
-    parts = [root / part for part in (["train"] if train else ["test", "val"])]
-    found = [part for part in parts if part.is_dir()]
-    if not train and not found and (labelled or (root / "train").is_dir()):
+    parts = [root / "train"] if train else [root / "test", root / "val"]
+    parts = [part for part in parts if part.is_dir()]
+    if not train and not parts and (labelled or (root / "train").is_dir()):
         raise Mistake(f"--data {root}: has no folder test or val to report on")
-    root = found[0] if found else root
+    root = parts[0] if parts else root
     names = find_images(root) if config.data and root.is_dir() else []
-    labels = [0] * len(names)
-    classes = []
     if labelled:  # the class is the folder directly under root
         names = [name for name in names if Path(name).parent != root]
-        folders = [Path(name).relative_to(root).parts[0] for name in names]
-        classes = sorted(set(folders))
-        labels = [classes.index(folder) for folder in folders]
     if not names:
-        known = "synthetic, cifar10, cifar100, a folder of images or a photograph"
-        raise Mistake(f"--data {config.data}: no images found; must be {known}")
-    return Images(names, torch.tensor(labels), classes)
+        allowed = "synthetic, cifar10, cifar100, a folder of images or a photograph"
+        raise Mistake(f"--data {config.data}: no images found; must be {allowed}")
+    if not labelled:
+        return Images(names, torch.zeros(len(names), dtype=torch.int64), [])
+    folders = [Path(name).relative_to(root).parts[0] for name in names]
+    classes = sorted(set(folders))
+    return Images(names, torch.tensor([classes.index(folder) for folder in folders]), classes)
 
 
 def read_files(images, config):
     """Read all files into memory, unless they need more than config.cache_gb.
 
-    Files become squares of one to two times the side of a crop, judged by the first one. A lone
-    photograph, from which all crops come, keeps its shape, and up to 16 times that side.
+    Files become squares of one to two times the side of a crop, judged by the first one. A single
+    photograph keeps its shape; its shorter side is at most 16 crops.
     """
     images.in_chans = config.in_chans
     readable = (images[i][1] for i in range(len(images)))
@@ -640,8 +639,10 @@ def read_files(images, config):
     return images if len(good) == n else images.subset(torch.tensor(good))
 
 
-def choose(n, count, seed):
-    """Index (count,) of a random subset of n images; count 0: all, in order."""
+def choose(n, count, seed, option="--num-images"):
+    """Index (count,) of a random subset of n images; count 0: all, in order. Raises Mistake."""
+    if count > n:
+        raise Mistake(f"{option} {count}: there are {n} images")
     if count == 0:
         return torch.arange(n)
     return torch.from_numpy(np.random.default_rng([seed, 1]).permutation(n)[:count])
@@ -654,32 +655,29 @@ def open_data(config, train=True, labelled=False, count=0):
     """
     if config.data == "synthetic":
         index = torch.arange(5000) if train else torch.arange(5000, 6000)
-        images = Images([str(i) for i in index.tolist()], index % 6, SHAPES)
-    elif config.data in ("cifar10", "cifar100"):
-        kind = datasets.CIFAR10 if config.data == "cifar10" else datasets.CIFAR100
-        try:
-            found = kind(config.data_dir, train=train, download=True)
-        except Exception as error:  # noqa: BLE001 (network, disk or archive)
-            raise Mistake(f"--data {config.data}: cannot be had ({error})") from None
-        names = [str(i) for i in range(len(found))]
-        pixels = torch.from_numpy(found.data).permute(0, 3, 1, 2)
-        pixels = pixels if config.in_chans == 3 else tv.rgb_to_grayscale(pixels)
-        images = Images(names, torch.tensor(found.targets), found.classes, pixels)
-    else:
+        index = index[choose(len(index), count, config.seed)]
+        side = config.img_size if len(index) > 1 else 8 * config.img_size  # crops of all scales
+        pixels = torch.cat([synthetic_images(part.tolist(), side) for part in index.split(100)])
+        return Images([str(i) for i in index.tolist()], index % 6, SHAPES, pixels)
+    if config.data not in ("cifar10", "cifar100"):
         images = find_files(config, train, labelled)
-    if count > len(images):
-        raise Mistake(f"--num-images {count}: --data {config.data} has {len(images)}")
-    images = images.subset(choose(len(images), count, config.seed))
-    if config.data == "synthetic":
-        side = config.img_size if len(images) > 1 else 8 * config.img_size  # crops of all scales
-        chunks = torch.tensor([int(name) for name in images.names]).split(100)
-        images.pixels = torch.cat([synthetic_images(part.tolist(), side) for part in chunks])
-    return read_files(images, config) if images.pixels is None else images
+        return read_files(images.subset(choose(len(images), count, config.seed)), config)
+    kind = datasets.CIFAR10 if config.data == "cifar10" else datasets.CIFAR100
+    try:
+        cifar = kind(config.data_dir, train=train, download=True)
+    except Exception as error:  # noqa: BLE001 (network, disk or archive)
+        raise Mistake(f"--data {config.data}: cannot be had ({error})") from None
+    pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2)
+    if config.in_chans == 1:
+        pixels = tv.rgb_to_grayscale(pixels)
+    names = [str(i) for i in range(len(cifar))]
+    images = Images(names, torch.tensor(cifar.targets), cifar.classes, pixels)
+    return images.subset(choose(len(images), count, config.seed))
 
 
 def normalize(images):
-    """Images (B, C, H, W) of 0..255, minus the mean of ImageNet's pixels, over their deviation."""
-    C = images.shape[1]
+    """Standardise images (B, C, H, W) of 0..255 by the mean and deviation of ImageNet's pixels."""
+    C = images.shape[1]  # plain numbers below: a tensor would be copied to the GPU at every step
     channels = zip(images.unbind(1), PIXEL_MEAN[C], PIXEL_STD[C])
     return torch.stack([(x - mean) / std for x, mean, std in channels], dim=1)
 
@@ -695,8 +693,8 @@ def random_crops(images, size, draws, smallest=0.2):
     """RandomResizedCrop and flip, all at once: float (B, C, size, size) of 0..255.
 
     images: uint8 (B, C, H, W), or (1, C, H, W) to cut all crops from one. draws: (B, 5), uniform in
-    0..1. smallest: least share of the area; less where that still gives a pixel for a pixel. Areas
-    are uniformly distributed; for one image their logarithms, so that it is seen at all scales.
+    0..1. smallest: least share of the area; less for large images, down to one image pixel per crop
+    pixel. Areas are drawn uniformly; for one image log-uniformly, so that all scales occur.
     """
     H, W = images.shape[2:]
     u_area, u_ratio, u_left, u_top, u_flip = draws.unbind(1)
@@ -752,11 +750,12 @@ SIZES = {  # --model: width, depth, heads
     "large": (1024, 24, 16),
     "huge": (1280, 32, 16),
 }
+PRECISIONS = ("auto", "float32", "bfloat16")
 
 
-def option(default, help, nargs=None):
-    """A field that is also an option of the command line, or a positional argument with nargs."""
-    return field(default=default, metadata={"help": help, "nargs": nargs})
+def option(default, help, **settings):
+    """A field that is also an option of the command line, or with nargs a positional argument."""
+    return field(default=default, metadata={"help": f"{help} [{default}]", **settings})
 
 
 @dataclass
@@ -764,32 +763,34 @@ class Config:
     """Every hyperparameter of pretraining."""
 
     loss: str = option("infonce", f"similarity: {', '.join(SIMILARITIES)}; or crop")
-    mask: str = option("random", f"which patches are hidden: {', '.join(MASKS)}")
+    mask: str = option("random", "which patches are hidden", choices=MASKS)
     mask_ratio: float = option(0.75, "share of hidden patches")
     norm_pix: bool = option(True, "mae, relax: normalise every target patch")
     relax_weight: float = option(1.0, "relax: lambda, the weight of the constraint")
     temperature: float = option(0.2, "infonce, crop: tau")
-    model: str = option("nano", f"size of the encoder: {', '.join(SIZES)}")
+    model: str = option("nano", "size of the encoder", choices=SIZES)
     patch_size: int = option(4, "side of a patch in pixels")
     decoder_depth: int = option(1, "number of blocks of the decoder")
     data: str = option("synthetic", "synthetic, cifar10, cifar100, a folder or a photograph")
     num_images: int = option(0, "size of a random subset; 0: all images")
     img_size: int = option(32, "side of a crop in pixels")
-    in_chans: int = option(3, "3: RGB, 1: grey")
+    in_chans: int = option(3, "3: RGB, 1: grey", choices=(3, 1))
     data_dir: str = option("data", "where torchvision keeps its data sets")
     cache_gb: float = option(1.0, "a folder that needs more memory is streamed (GiB)")
     workers: int = option(2, "number of processes that read files")
     steps: int = option(300, "number of optimizer steps")
     batch_size: int = option(128, "images in a step, over all processes")
     lr: float = option(1.5e-3, "peak learning rate")
-    weight_decay: float = option(0.05, "weight decay of matrices")
+    weight_decay: float = option(0.05, "weight decay, but not of biases and norms")
     seed: int = option(0, "random seed")
     out: str = option("", "folder of the run; empty: runs/LOSS-DATA")
     resume: bool = option(False, "resume the run in that folder")
     save_every: int = option(500, "steps between checkpoints")
     device: str = option("auto", "auto, cpu, cuda or mps")
-    precision: str = option("auto", "float32, bfloat16; auto: bfloat16 where it is native")
-    compile: str = option("auto", "yes, no; auto: on CUDA, for 2,000 steps and more")
+    precision: str = option("auto", "auto: bfloat16 where it is native", choices=PRECISIONS)
+    compile: str = option(
+        "auto", "auto: on CUDA, 2,000 steps or more", choices=("auto", "yes", "no")
+    )
 
 
 class Parser(argparse.ArgumentParser):
@@ -802,14 +803,11 @@ def parse(cls, description, args):
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=description, formatter_class=form, allow_abbrev=False)
     for f in fields(cls):
-        name = "--" + f.name.replace("_", "-")
-        settings = {"default": f.default, "help": f"{f.metadata['help']} [{f.default}]"}
-        if f.metadata["nargs"]:
-            name = f.name
-            settings["nargs"] = f.metadata["nargs"]
-        elif f.type is bool:
+        settings = {"default": f.default, **f.metadata}
+        name = f.name if "nargs" in settings else "--" + f.name.replace("_", "-")
+        if f.type is bool:
             settings["action"] = argparse.BooleanOptionalAction
-        else:
+        elif "nargs" not in settings:
             settings["type"] = f.type
         parser.add_argument(name, **settings)
     return cls(**vars(parser.parse_args(args)))
@@ -817,32 +815,28 @@ def parse(cls, description, args):
 
 def check_values(config):
     """Raise Mistake for a number out of range, or a name that is not known. For all scripts."""
-    lowest = {"lr": 1e-12, "temperature": 1e-3, "layer_decay": 0.01, "smallest_crop": 0.01}
-    for name in ("steps", "save_every", "batch_size", "patch_size", "decoder_depth", "mask_seeds"):
-        lowest[name] = 1
-    highest = {"mask_ratio": 1, "layer_decay": 1, "smallest_crop": 1, "img_size": 4096}
-    highest.update(drop_path=0.99, label_smoothing=0.99, decoder_depth=64, workers=256)
-    names = {"model": SIZES, "mask": MASKS, "in_chans": (3, 1), "fill": ("drop", "grey", "swap")}
-    names["loss"] = [*SIMILARITIES, "crop"]
-    names["precision"] = ("auto", "float32", "bfloat16")
-    names["compile"] = ("auto", "yes", "no")
+    positive = ("steps", "save_every", "batch_size", "patch_size", "img_size", "decoder_depth")
+    positive += ("mask_seeds", "lr", "temperature", "layer_decay", "smallest_crop")
+    highest = {"img_size": 4096, "workers": 256, "decoder_depth": 64, "mask_ratio": 1}
+    highest.update(layer_decay=1, smallest_crop=1, drop_path=0.99, label_smoothing=0.99)
     for f in fields(config):
         value = getattr(config, f.name)
         given = f"--{f.name.replace('_', '-')} {value}"
-        low = lowest.get(f.name, 0)
+        choices = f.metadata.get("choices", [value])
+        if value not in choices:
+            raise Mistake(f"{given}: must be one of {', '.join(map(str, choices))}")
+        low = (1 if f.type is int else 1e-12) if f.name in positive else 0
         high = highest.get(f.name, 1e9)
-        if f.name in names and value not in names[f.name]:
-            raise Mistake(f"{given}: must be one of {', '.join(map(str, names[f.name]))}")
         if f.type in (int, float) and not low <= value <= high:
             raise Mistake(f"{given}: must be from {low:g} to {high:g}")
 
 
 def check_sizes(config):
     """Raise Mistake for sizes that do not go together, in pretraining and in fine-tuning."""
-    if config.img_size == 0 or config.img_size % config.patch_size:
+    if config.img_size % config.patch_size:
         raise Mistake(f"--patch-size {config.patch_size}: must divide --img-size {config.img_size}")
     if config.batch_size % WORLD or config.batch_size < 2 * WORLD:
-        raise Mistake(f"--batch-size {config.batch_size}: must be 2 or more for each of {WORLD}")
+        raise Mistake(f"--batch-size {config.batch_size}: must be a multiple of {WORLD}, 2 each")
     if config.data == "synthetic" and config.in_chans != 3:
         raise Mistake(f"--in-chans {config.in_chans}: the synthetic images are RGB")
 
@@ -851,8 +845,11 @@ def check(config):
     """Raise Mistake for what cannot be pretrained."""
     check_values(config)
     check_sizes(config)
+    if config.loss not in (*SIMILARITIES, "crop"):
+        losses = ", ".join(SIMILARITIES)
+        raise Mistake(f"--loss {config.loss}: must be one of {losses}, crop")
     N = (config.img_size // config.patch_size) ** 2
-    least = 2 if config.loss == "infonce" else 1  # which needs a negative
+    least = 2 if config.loss == "infonce" else 1  # InfoNCE needs a negative
     if not least <= round(config.mask_ratio * N) < N:
         limits = f"must hide at least {least} and not all of {N} patches"
         raise Mistake(f"--mask-ratio {config.mask_ratio}: {limits}")
@@ -861,7 +858,7 @@ def check(config):
 # ------------------------------------------------------------------------------------ Training
 
 LOG_EVERY = 20
-FREE = ("steps", "out", "resume", "save_every", "workers", "device", "compile")  # on --resume
+MAY_CHANGE = ("steps", "out", "resume", "save_every", "workers", "device", "compile")
 RANK = int(os.environ.get("RANK", "0"))  # torchrun starts WORLD processes; the first one writes
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 MINE = slice(RANK, None, WORLD)  # the rows of a batch that this process takes
@@ -873,7 +870,7 @@ def seed_all(seed, stream):
 
 
 def learning_rate(step, config):
-    """Linear warm-up for a tenth of the steps, then half a cosine down to 0."""
+    """Linear warm-up for a tenth of the steps, then half a cosine towards 0."""
     warmup = max(1, config.steps // 10)
     if step < warmup:
         return config.lr * (step + 1) / warmup
@@ -884,9 +881,9 @@ def learning_rate(step, config):
 def decay_groups(parameters, weight_decay, lr_scale=1.0):
     """Parameter groups for AdamW: only tensors of two or more dimensions decay."""
     parameters = list(parameters)
-    matrices = {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay}
-    vectors = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
-    return [{**group, "lr_scale": lr_scale} for group in (matrices, vectors)]
+    decayed = {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay}
+    others = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
+    return [{**group, "lr_scale": lr_scale} for group in (decayed, others)]
 
 
 def pick_device(config):
@@ -910,17 +907,17 @@ def pick_device(config):
 
 
 def wrap(model, config, device):
-    """The model, compiled if the run is long enough to pay for it, and distributed if need be."""
+    """The model, compiled if the run is long enough to pay for it, distributed if need be."""
     pays = device.type == "cuda" and config.steps >= 2000
     if config.compile == "yes" or (config.compile == "auto" and pays):
-        # CUDA graphs: else the host, which queues a thousand kernels a step, is the bottleneck
+        # CUDA graphs: without them, launching a thousand kernels a step is the bottleneck
         model = torch.compile(model, mode="reduce-overhead" if WORLD == 1 else "default")
     return nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
 
 
 @contextmanager
 def command_line():
-    """Turn a Mistake into one line and exit status 2, and leave no worker behind."""
+    """Turn a Mistake into one line and exit status 2. Leave no worker behind."""
     warnings.showwarning = lambda message, *_: print(message, file=sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for names that are not UTF-8
@@ -929,7 +926,7 @@ def command_line():
     except Mistake as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    finally:  # workers ignore SIGTERM, so Python's own exit would wait for them for ever
+    finally:  # workers ignore SIGTERM, so Python would wait for them at exit
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in multiprocessing.active_children():
             worker.kill()
@@ -937,7 +934,7 @@ def command_line():
 
 @contextmanager
 def catch_signals():
-    """A list that takes up Ctrl-C and SIGTERM. The second one ends the program at once."""
+    """A list to which Ctrl-C and SIGTERM are appended. A second one ends the program at once."""
     received = []
 
     def catch(number, frame):
@@ -949,8 +946,8 @@ def catch_signals():
     try:
         yield received
     finally:
-        for number, handler in before:
-            signal.signal(number, handler)
+        for number, previous in before:
+            signal.signal(number, previous)
 
 
 @contextmanager
@@ -958,9 +955,9 @@ def writing(path):
     """Turn an error of the disk into a Mistake that names path."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch.save raises the second
-        reason = getattr(error, "strerror", None) or error
-        raise Mistake(f"--out: cannot write {path} ({reason}); the last checkpoint stays") from None
+    except OSError as error:
+        reason = f"{error.strerror}; the last checkpoint stays"
+        raise Mistake(f"--out: cannot write {path} ({reason})") from None
 
 
 def write_text(path, text, mode="w"):
@@ -971,10 +968,11 @@ def write_text(path, text, mode="w"):
 
 def save_checkpoint(folder, content):
     """Write a temporary file, flush it to the disk, move it into place: old or new, never half."""
-    content = tree_map_only(torch.Tensor, torch.Tensor.cpu, content)  # opens without a GPU
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
     with writing(folder / "checkpoint.pt"):
         with open(folder / "checkpoint.tmp", "wb") as file:
-            torch.save(content, file)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
@@ -1002,7 +1000,7 @@ def start_run(config):
     content = load_checkpoint(folder / "checkpoint.pt")
     before = content["config"]
     for name, value in asdict(config).items():
-        if name not in FREE and before.get(name) != value:
+        if name not in MAY_CHANGE and before.get(name) != value:
             given = f"--{name.replace('_', '-')} {value}"
             raise Mistake(f"{given}: the run to resume has {before.get(name)}")
     if content["step"] > config.steps:
@@ -1093,20 +1091,19 @@ def train(config):
     B = config.batch_size
     device, autocast = pick_device(config)
     resumed = start_run(config)
-    images = open_data(config, count=config.num_images)
-    record = open_log(config, images, resumed)
+    dataset = open_data(config, count=config.num_images)
+    record = open_log(config, dataset, resumed)
 
     seed_all(config.seed, 2**32)
     encoder = ViT(config.img_size, config.patch_size, config.in_chans, *SIZES[config.model])
     if config.loss == "crop":
         model = CropContrast(encoder, config.temperature).to(device)
     else:
-        sizes = (config.mask_ratio, config.decoder_depth)
-        settings = (config.norm_pix, config.relax_weight, config.temperature)
-        model = RelaxMIM(encoder, config.loss, *sizes, *settings).to(device)
+        names = ("loss", "mask_ratio", "decoder_depth", "norm_pix", "relax_weight", "temperature")
+        model = RelaxMIM(encoder, **{name: getattr(config, name) for name in names}).to(device)
     groups = decay_groups(model.parameters(), config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
-    parts = {**dict(model.named_children()), "optimizer": optimizer}  # of the checkpoint
+    parts = {**dict(model.named_children()), "optimizer": optimizer}  # saved one by one
     first = 0
     if resumed:
         first = resumed["step"]
@@ -1115,20 +1112,21 @@ def train(config):
     net = wrap(model, config, device)
     draw_mask = partial(MASKS[config.mask], grid=encoder.grid, ratio=config.mask_ratio)
 
-    seed_all(config.seed, 2**32 + 1)  # 64 crops and masks by which the claim is measured
-    index = torch.randperm(max(64, len(images)))[:64] % len(images)
-    pixels, _ = next(images.batches([index], device, fill=True))
+    seed_all(config.seed, 2**32 + 1)  # 64 fixed crops and masks to measure invariance on
+    probe_index = torch.randperm(max(64, len(dataset)))[:64] % len(dataset)
+    pixels, _ = next(dataset.batches([probe_index], device, fill=True))
     crops = random_crops(pixels, config.img_size, torch.rand(64, 5, device=device))
     probe = normalize(crops)
     probe_visible, probe_hidden = draw_mask(64, device=device)
-    claim = "cosine of an image and its masked self {invariance:.3f}, of two images {different:.3f}"
+    claim = (
+        "cosine of whole and masked images {invariance:.3f}, of different images {different:.3f}"
+    )
     if RANK == 0:
-        print(f"{len(images)} images, {config.steps} steps of {B}, on {device}")
+        print(f"{len(dataset)} images, {config.steps} steps of {B}, on {device}")
         print("at the start:", claim.format(**invariance(encoder, probe, probe_visible)))
 
-    order = islice(batch_order(len(images), B, config.steps, config.seed), first, None)
-    order = (index[MINE] for index in order)
-    batches = images.batches(order, device, config.workers, fill=True)
+    order = islice(batch_order(len(dataset), B, config.steps, config.seed), first, None)
+    batches = dataset.batches((index[MINE] for index in order), device, config.workers, fill=True)
     every = 0.1 if sys.stderr.isatty() else 30  # seconds
     bar = tqdm(batches, total=config.steps, initial=first, mininterval=every, disable=RANK > 0)
     logged = first
@@ -1164,7 +1162,7 @@ def train(config):
             optimizer.zero_grad()
 
             if log:
-                record = {"step": step, "epoch": round(step * B / len(images), 2)}
+                record = {"step": step, "epoch": round(step * B / len(dataset), 2)}
                 record["loss"] = loss.item()
                 record["lr"] = lr
                 record["grad_norm"] = grad_norm.item()

@@ -19,11 +19,14 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty current folder; tables and --help are as before afterwards."""
+    """An empty current folder; the tables are as before afterwards."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(relaxmim, "SIMILARITIES", dict(relaxmim.SIMILARITIES))
-    monkeypatch.setattr(relaxmim, "MASKS", dict(relaxmim.MASKS))
-    return tmp_path
+    tables = (relaxmim.SIMILARITIES, relaxmim.MASKS)
+    before = [dict(table) for table in tables]
+    yield tmp_path
+    for table, entries in zip(tables, before):
+        table.clear()
+        table.update(entries)
 
 
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))

@@ -127,7 +127,12 @@ def test_pretraining_leaves_its_files_and_a_checkpoint_that_timm_loads(runs):
     assert record["log_candidates"] == pytest.approx(math.log(12))
     for name in ("loss", "lr", "grad_norm", "accuracy", "invariance", "different", "feature_std"):
         assert math.isfinite(record[name])
-    for text in ("its masked self", "two images", f"{record['invariance']:.3f}", "±"):
+    for text in (
+        "cosine of whole and masked images",
+        "of different images",
+        f"{record['invariance']:.3f}",
+        "±",
+    ):
         assert text in (runs / "printed.txt").read_text()
     size = {"img_size": 16, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4}
     other = timm.models.vision_transformer.VisionTransformer(num_classes=0, **size)
@@ -345,7 +350,7 @@ def test_a_streamed_run_is_gone_within_10_seconds_when(case, photos):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     ends = {"SIGTERM to all": (143, "--resume"), "the disk is full": (2, "log.jsonl.*No space")}
-    ends["a worker is killed"] = (1, "(?i)worker.*killed")
+    ends["a worker is killed"] = (1, "(?i)worker.*killed|ConnectionResetError")
     assert process.returncode == ends[case][0]
     assert re.search(ends[case][1], out + error)
     assert ("Traceback" in error) == (case == "a worker is killed")

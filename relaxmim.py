@@ -516,8 +516,9 @@ def read_image(path, in_chans, side=None):
         return tv.pil_to_tensor(image)
 
 
-def ignore_sigterm(worker):
-    """In a worker: a SIGTERM to the whole process group is for the training, which then saves."""
+def ignore_signals(worker):
+    """In a worker: Ctrl-C and SIGTERM to the process group are for the training, which saves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
@@ -562,7 +563,7 @@ class Images(Dataset):
 
     def read(self, indices, workers, fill=False):
         """For each index (B,) of indices: index (b,), pixels (b, C, H, W) of its readable files."""
-        options = {"num_workers": workers, "worker_init_fn": ignore_sigterm}
+        options = {"num_workers": workers, "worker_init_fn": ignore_signals}
         options["pin_memory"] = torch.cuda.is_available()
         options["generator"] = torch.Generator()  # the global one is for crops and masks
         options["batch_sampler"] = (index.tolist() for index in indices)
@@ -998,6 +999,8 @@ def start_run(config):
             raise Mistake(f"--out {folder}: not empty; add --resume, or choose another folder")
         return None
     content = load_checkpoint(folder / "checkpoint.pt")
+    if not {"config", "step", "optimizer"} <= set(content):
+        raise Mistake(f"--out {folder}: its checkpoint.pt is not that of a run")
     before = content["config"]
     for name, value in asdict(config).items():
         if name not in MAY_CHANGE and before.get(name) != value:

@@ -324,7 +324,9 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bits(case, photos):
     assert logs[0] == logs[1]
 
 
-@pytest.mark.parametrize("case", ["SIGTERM to all", "a worker is killed", "the disk is full"])
+@pytest.mark.parametrize(
+    "case", ["SIGTERM to all", "Ctrl-C to all", "a worker is killed", "the disk is full"]
+)
 def test_a_streamed_run_is_gone_within_10_seconds_when(case, photos):
     log = Path("run", "log.jsonl")
     if case == "the disk is full":
@@ -337,6 +339,8 @@ def test_a_streamed_run_is_gone_within_10_seconds_when(case, photos):
     wait_for(Path("run", "images.txt") if log.is_symlink() else log, process)
     if case == "SIGTERM to all":  # the workers too, as a batch system does
         os.killpg(process.pid, signal.SIGTERM)
+    if case == "Ctrl-C to all":
+        os.killpg(process.pid, signal.SIGINT)
     if case == "a worker is killed":
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         assert len(children) == 2
@@ -350,11 +354,12 @@ def test_a_streamed_run_is_gone_within_10_seconds_when(case, photos):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     ends = {"SIGTERM to all": (143, "--resume"), "the disk is full": (2, "log.jsonl.*No space")}
+    ends["Ctrl-C to all"] = (130, "--resume")
     ends["a worker is killed"] = (1, "(?i)worker.*killed|ConnectionResetError")
     assert process.returncode == ends[case][0]
     assert re.search(ends[case][1], out + error)
     assert ("Traceback" in error) == (case == "a worker is killed")
-    if case == "SIGTERM to all":
+    if case.endswith("to all"):
         assert 0 < load("run")["step"] == read_log("run")[-1]["step"]
 
 

@@ -803,6 +803,7 @@ def parse(cls, description, args):
     """An instance of cls, a dataclass of options, from the command line. Raises Mistake."""
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=description, formatter_class=form, allow_abbrev=False)
+    parser.usage = "%(prog)s [options]"
     for f in fields(cls):
         settings = {"default": f.default, **f.metadata}
         name = f.name if "nargs" in settings else "--" + f.name.replace("_", "-")

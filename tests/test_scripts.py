@@ -13,11 +13,11 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 
@@ -98,7 +98,8 @@ def runs(photos, tmp_path_factory):
     """Pretrained by every loss, fine-tuned, probed, from scratch, and measured."""
     folder = tmp_path_factory.mktemp("chain")
     tune = ["--data", photos, *LEARN]
-    with contextlib.chdir(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
         printed = call(relaxmim.main, "--num-images", 1, *TINY)
         for loss in ("mae", "relax", "crop"):
             call(relaxmim.main, "--loss", loss, "--data", photos, *TINY)
@@ -113,7 +114,7 @@ def runs(photos, tmp_path_factory):
     return folder / "runs"
 
 
-def test_pretraining_leaves_its_files_and_a_checkpoint_that_timm_loads(runs):
+def test_pretraining_leaves_its_files_and_a_checkpoint_that_loads(runs):
     for name in ("infonce-synthetic-1", "mae-phötos", "relax-phötos", "crop-phötos"):
         found = {path.name for path in (runs / name).iterdir()}
         assert found == {"config.json", "images.txt", "log.jsonl", "checkpoint.pt", "views.png"}
@@ -134,9 +135,8 @@ def test_pretraining_leaves_its_files_and_a_checkpoint_that_timm_loads(runs):
         "±",
     ):
         assert text in (runs / "printed.txt").read_text()
-    size = {"img_size": 16, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4}
-    other = timm.models.vision_transformer.VisionTransformer(num_classes=0, **size)
-    other.load_state_dict(content["encoder"])
+    encoder = relaxmim.ViT(16, 4, 3, *relaxmim.SIZES["nano"])  # whose names are timm's
+    encoder.load_state_dict(content["encoder"])
 
 
 def test_fine_tuning_writes_its_result_and_starts_from_the_weights_that_a_probe_keeps(runs, photos):
@@ -162,7 +162,8 @@ def test_fine_tuning_writes_its_result_and_starts_from_the_weights_that_a_probe_
 
 def test_occlusion_is_measured_for_classifiers_and_for_the_blocks_of_encoders(runs):
     found = {path.name for path in (runs / "occlusion").iterdir()}
-    assert found == {"occlusion.json", "occlusion.png", "accuracy.png", "features.png"}
+    curves = {"accuracy.png", "features.png"} if find_spec("matplotlib") else set()
+    assert found == {"occlusion.json", "occlusion.png"} | curves
     result = read_json(runs / "occlusion" / "occlusion.json")
     assert (result["ratios"], result["images"]) == ([0, 0.5, 0.9], 18)
     assert set(result["accuracy"]) == set(result["features"]) == {"random", "block"}

@@ -355,6 +355,7 @@ def train(config):
         print(f"stopped after step {step}; add --resume to the command to resume the run")
         raise SystemExit(128 + received[0])
     if mim.RANK > 0:
+        mim.wait_for_others()
         return {}
     share, count = accuracy(model, test, config.img_size, device, config.workers)
     result = {f"{split}_accuracy": share, "images": count}
@@ -367,6 +368,7 @@ def train(config):
     mim.write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
     print(f"{split} accuracy, {count} images: {share:.2%}")
     print(f"written to {folder}")
+    mim.wait_for_others()
     return result
 
 

@@ -422,6 +422,7 @@ def invariance(encoder, images, visible):
 # Everything above this line needs only the standard library and torch: copy it.
 
 import argparse
+import atexit
 import io
 import json
 import multiprocessing
@@ -901,6 +902,7 @@ def pick_device(config):
         raise Mistake(f"--device {name}: {str(error).splitlines()[0]}; try auto") from None
     if WORLD > 1 and not distributed.is_initialized():
         distributed.init_process_group()
+        atexit.register(distributed.destroy_process_group)
     native = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "cpu":
         native = torch.cpu.get_capabilities().get("avx512_bf16", False)
@@ -915,6 +917,12 @@ def wrap(model, config, device):
         # CUDA graphs: without them, launching a thousand kernels a step is the bottleneck
         model = torch.compile(model, mode="reduce-overhead" if WORLD == 1 else "default")
     return nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+
+
+def wait_for_others():
+    """Wait until all processes are here: one that exits early can abort the others."""
+    if WORLD > 1:
+        distributed.barrier()
 
 
 @contextmanager
@@ -1193,6 +1201,7 @@ def train(config):
         print("at the end:", claim.format(**record))
         print(", ".join(f"{name} {value:.4g}" for name, value in record.items()))
         print(f"written to {folder}")
+    wait_for_others()
     return record
 
 

@@ -905,7 +905,8 @@ def pick_device(config):
         atexit.register(distributed.destroy_process_group)
     native = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "cpu":
-        native = torch.cpu.get_capabilities().get("avx512_bf16", False)
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions lack it
+        native = capabilities.get("avx512_bf16", False)
     enabled = native if config.precision == "auto" else config.precision == "bfloat16"
     return torch.device(name), torch.autocast(name, torch.bfloat16, enabled=enabled)
 

@@ -38,7 +38,7 @@ import relaxmim
 TINY = os.environ.get("BENCH_TINY") == "1"
 CUDA = torch.cuda.is_available() and not TINY
 DEVICE = "cuda" if CUDA else "cpu"
-NATIVE = CUDA or torch.cpu.get_capabilities().get("avx512_bf16", False)
+NATIVE = CUDA or getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
 BATCH = 2048 if CUDA else 8 if TINY else 128
 BASE = (4, 8, 16) if TINY else (256, 512, 1024)  # batches of ViT-B/16
 STEPS, SKIP, READY = (8, 6, 4) if TINY else (60, 20, 5)  # of a variant on CUDA

@@ -133,9 +133,8 @@ def open_images(config, subjects):
     config.img_size = max(subject.settings["img_size"] for subject in subjects)
     labelled = any(subject.classes for subject in subjects)
     images = mim.open_data(config, train=False, labelled=labelled)
-    images = images.subset(
-        mim.choose(len(images), min(config.num_images, len(images)), config.seed)
-    )
+    count = min(config.num_images, len(images))
+    images = images.subset(mim.choose(len(images), count, config.seed))
     if len(images) < 2:
         raise Mistake(f"--data {config.data}: one image; must be two or more")
     for subject in subjects:

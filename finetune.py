@@ -190,8 +190,7 @@ def open_train_and_test(config):
         test = images.subset(order[:tenth])
         images = images.subset(order[tenth:])
     index = mim.choose(len(images), config.num_labels, config.seed, "--num-labels")
-    images = images.subset(index)
-    return images, relabel(test, images.classes, "the training set")
+    return images.subset(index), relabel(test, images.classes, "the training set")
 
 
 def whole_images(pixels, size):
@@ -208,7 +207,9 @@ def accuracy(model, images, size, device, workers=0):
         pred = model(whole_images(pixels, size)).argmax(dim=1)
         correct += (pred == labels).sum().item()
         total += len(labels)
-    return correct / max(1, total), total
+    if total == 0:
+        raise Mistake("--data: none of the images to report on can be read")
+    return correct / total, total
 
 
 @torch.no_grad()

@@ -839,7 +839,8 @@ def check_sizes(config):
     if config.img_size % config.patch_size:
         raise Mistake(f"--patch-size {config.patch_size}: must divide --img-size {config.img_size}")
     if config.batch_size % WORLD or config.batch_size < 2 * WORLD:
-        raise Mistake(f"--batch-size {config.batch_size}: must be a multiple of {WORLD}, 2 each")
+        limits = f"must be 2 or more for each of {WORLD} processes, the same for all"
+        raise Mistake(f"--batch-size {config.batch_size}: {limits}")
     if config.data == "synthetic" and config.in_chans != 3:
         raise Mistake(f"--in-chans {config.in_chans}: the synthetic images are RGB")
 

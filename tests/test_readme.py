@@ -52,9 +52,7 @@ def test_the_commands_of_the_readme_are_understood():
     assert len(commands) >= 5
     for script, options in commands:
         if script in scripts:
-            module = scripts[script]
-            module.mim = relaxmim
-            relaxmim.parse(module.Config, "", options.split())
+            relaxmim.parse(scripts[script].Config, "", options.split())
 
 
 def test_what_the_readme_names_is_there():

@@ -7,7 +7,7 @@
 
 Every model sees the same images behind the same masks. Everything is computed in float32. Written:
 occlusion.json, all figures; occlusion.png, what the models were shown; and with matplotlib
-accuracy.png, accuracy over the share hidden, and features.png, similarity after each block.
+accuracy.png, accuracy over the share hidden.
 
 AUC is the mean of the accuracy over the shares hidden; retention is AUC over clean accuracy. CKA
 and cosine compare the mean patch token of the whole image with that of its visible patches.
@@ -17,12 +17,14 @@ import json
 import math
 import re
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
 import torch
 import torch.nn.functional as F
 
+import finetune
 import relaxmim as mim
 from finetune import Classifier, load_encoder, load_weights, relabel, whole_images
 from relaxmim import Mistake, option
@@ -87,7 +89,6 @@ class Subject:
     settings: dict  # model, patch_size, img_size, in_chans
     classes: list | None = None  # None: no head
     images: mim.Images | None = None  # labels index into classes
-    count: int = 0  # of images that could be read
 
 
 def open_model(path, device, trained=True):
@@ -141,7 +142,6 @@ def open_images(config, subjects):
         subject.images = images
         if subject.classes:
             subject.images = relabel(images, subject.classes, subject.name)
-    return subjects
 
 
 def occlude(images, visible, hidden, patch_size, fill):
@@ -160,33 +160,37 @@ def occlude(images, visible, hidden, patch_size, fill):
     return mim.unpatchify(patches, grid, patch_size), None
 
 
-def occluded_batches(config, subject, mask, ratio, mask_seed, device):
-    """The arguments of the model and the labels, batch by batch. Masks are the same for all."""
+def outputs(function, config, subject, mask, ratio, mask_seed=0):
+    """function, of occluded images, for all readable images: (n, ...), and labels (n,).
+
+    function takes images and visible as a ViT does. Masks are the same for all subjects.
+    """
+    device = subject.model.cls_token.device
+    size = subject.settings["img_size"]
+    grid = subject.model.grid
+    values = []
+    labels = []
     index = torch.arange(len(subject.images)).split(config.batch_size)
-    batches = subject.images.batches(index, device, config.workers)
-    for number, (pixels, labels) in enumerate(batches):
+    for i, (pixels, y) in enumerate(subject.images.batches(index, device, config.workers)):
         stream = (mask_seed * 100 + list(mim.MASKS).index(mask)) * 1000 + round(ratio * 999)
-        mim.seed_all(config.seed, stream * 2**20 + number)
-        visible, hidden = mim.MASKS[mask](len(labels), subject.model.grid, ratio)
-        images = whole_images(pixels, subject.settings["img_size"])
-        patch_size = subject.model.patch_size
-        inputs = occlude(images, visible.to(device), hidden.to(device), patch_size, config.fill)
-        subject.count = len(labels) + (subject.count if number > 0 else 0)
-        yield inputs, labels
+        mim.seed_all(config.seed, stream * 2**20 + i)
+        visible, hidden = mim.MASKS[mask](len(y), grid, ratio)
+        hide = (visible.to(device), hidden.to(device), subject.model.patch_size, config.fill)
+        values.append(function(*occlude(whole_images(pixels, size), *hide)))
+        labels.append(y)
+    return torch.cat(values), torch.cat(labels)
 
 
-def accuracy_curve(config, subject, mask, ratios, device):
-    """Accuracy of a classifier at each ratio: a list of (mean, deviation) over the mask seeds."""
+def accuracy_curve(config, subject, mask, ratios):
+    """Accuracy at each ratio, (mean, deviation) over the mask seeds, and the number of images."""
     curve = []
     for ratio in ratios:
-        values = []
+        shares = []
         for mask_seed in range(config.mask_seeds if ratio > 0 else 1):
-            correct = []
-            for inputs, labels in occluded_batches(config, subject, mask, ratio, mask_seed, device):
-                correct.append(subject.model(*inputs).argmax(dim=1) == labels)
-            values.append(torch.cat(correct).double().mean().item())
-        curve.append((mean(values), stdev(values) if len(values) > 1 else 0.0))
-    return curve
+            logits, labels = outputs(subject.model, config, subject, mask, ratio, mask_seed)
+            shares.append((logits.argmax(dim=1) == labels).sum().item() / len(labels))
+        curve.append((mean(shares), stdev(shares) if len(shares) > 1 else 0.0))
+    return curve, len(labels)
 
 
 def area_under_curve(ratios, values):
@@ -205,52 +209,38 @@ def print_table(title, head, rows):
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
 
 
-def accuracy_table(config, subjects, ratios, masks, device):
-    """Print accuracy at each ratio, and return {mask: {name: figures}}."""
+def accuracy_table(config, subjects, ratios, mask):
+    """Print accuracy at each ratio, and return {name: figures}."""
     result = {}
-    for mask in masks:
-        result[mask] = {}
-        rows = []
-        for subject in subjects:
-            curve = accuracy_curve(config, subject, mask, ratios, device)
-            clean = curve[0][0]
-            if ratios[0] > 0:
-                clean = accuracy_curve(config, subject, mask, [0.0], device)[0][0]
-            auc = area_under_curve(ratios, [value for value, _ in curve])
-            retention = auc / clean if clean > 0 else 0.0
-            figures = {"accuracy": curve, "clean": clean, "auc": auc, "retention": retention}
-            result[mask][subject.name] = figures
-            cells = [f"{100 * value:.1f}" for value, _ in curve]
-            if config.mask_seeds > 1:
-                cells = [f"{100 * value:.1f} ± {100 * std:.1f}" for value, std in curve]
-            rows.append([subject.name, *cells, f"{100 * auc:.1f}", f"{100 * retention:.0f}"])
-        head = ["model", *[f"{ratio:.0%}" for ratio in ratios], "AUC", "retention"]
-        count = f"{subjects[0].count} images"
-        title = f"accuracy in %, {count}, share hidden ({mask}, {config.fill})"
-        print_table(title, head, rows)
+    rows = []
+    for subject in subjects:
+        curve, count = accuracy_curve(config, subject, mask, ratios)
+        [(clean, _)], _ = accuracy_curve(config, subject, mask, [0.0])
+        auc = area_under_curve(ratios, [value for value, _ in curve])
+        retention = auc / clean if clean > 0 else 0.0
+        figures = {"images": count, "accuracy": curve, "clean": clean}
+        result[subject.name] = {**figures, "auc": auc, "retention": retention}
+        cells = [f"{100 * value:.1f}" for value, _ in curve]
+        if config.mask_seeds > 1:
+            cells = [f"{100 * value:.1f} ± {100 * std:.1f}" for value, std in curve]
+        rows.append([subject.name, *cells, f"{100 * auc:.1f}", f"{100 * retention:.0f}"])
+    head = ["model", *[f"{ratio:.0%}" for ratio in ratios], "AUC", "retention"]
+    title = f"accuracy in %, {count} images, share hidden ({mask}, {config.fill})"
+    print_table(title, head, rows)
     return result
 
 
 def block_features(model, images, visible):
-    """The mean patch token (B, D) after each block: a list."""
+    """The mean patch token after each block, float64: (B, depth, D)."""
     found = []
-
-    def keep(block, inputs, tokens):
-        found.append(tokens[:, 1:].mean(dim=1).cpu())
-
-    hooks = [block.register_forward_hook(keep) for block in model.blocks]
+    hooks = [
+        block.register_forward_hook(lambda block, inputs, x: found.append(x[:, 1:].mean(dim=1)))
+        for block in model.blocks
+    ]
     model(images, visible)
     for hook in hooks:
         hook.remove()
-    return found
-
-
-def all_features(config, subject, mask, ratio, device):
-    """Features (n, D) of all images after each block, float64: a list."""
-    batches = []
-    for inputs, _ in occluded_batches(config, subject, mask, ratio, 0, device):
-        batches.append(block_features(subject.model, *inputs))
-    return [torch.cat(block).double() for block in zip(*batches)]
+    return torch.stack(found, dim=1).cpu().double()
 
 
 def cka(a, b):
@@ -266,28 +256,28 @@ def cosine(a, b):
     return F.cosine_similarity(a - center, b - center).mean().item()
 
 
-def feature_table(config, subjects, ratios, masks, device):
+def feature_table(config, subjects, ratios, mask):
     """Print how alike clean and occluded features are after the last block; return all blocks."""
     result = {}
-    for mask in masks:
-        result[mask] = {}
-        rows = []
-        for subject in subjects:
-            clean = all_features(config, subject, mask, 0.0, device)
-            figures = {"cka": [], "cosine": []}
-            for ratio in ratios:
-                pairs = list(zip(clean, all_features(config, subject, mask, ratio, device)))
-                figures["cka"].append([cka(a, b) for a, b in pairs])
-                figures["cosine"].append([cosine(a, b) for a, b in pairs])
-            result[mask][subject.name] = figures
-            rows.append([subject.name, *[f"{blocks[-1]:.2f}" for blocks in figures["cka"]]])
-        head = ["model", *[f"{ratio:.0%}" for ratio in ratios]]
-        title = f"CKA of clean and occluded features, share hidden ({mask}, {config.fill})"
-        print_table(title, head, rows)
+    rows = []
+    for subject in subjects:
+        features = partial(block_features, subject.model)
+        clean, _ = outputs(features, config, subject, mask, 0.0)  # (n, depth, D)
+        figures = {"cka": [], "cosine": []}
+        for ratio in ratios:
+            occluded, _ = outputs(features, config, subject, mask, ratio)
+            pairs = list(zip(clean.unbind(1), occluded.unbind(1)))
+            figures["cka"].append([cka(a, b) for a, b in pairs])
+            figures["cosine"].append([cosine(a, b) for a, b in pairs])
+        result[subject.name] = figures
+        rows.append([subject.name, *[f"{blocks[-1]:.2f}" for blocks in figures["cka"]]])
+    head = ["model", *[f"{ratio:.0%}" for ratio in ratios]]
+    title = f"CKA of clean and occluded features, share hidden ({mask}, {config.fill})"
+    print_table(title, head, rows)
     return result
 
 
-def shape_bias(config, subject, device):
+def shape_bias(config, subject):
     """Answers to SHAPEn-TEXTUREm.png, the shape of one class in the texture of another.
 
     (Geirhos et al., 2019.) Returns the number of images of two classes of the model, and of answers
@@ -303,15 +293,12 @@ def shape_bias(config, subject, device):
     if not names:
         what = f"no SHAPEn-TEXTUREm.png of two of {', '.join(subject.classes)}"
         raise Mistake(f"--cue-conflict {config.cue_conflict}: {what}")
-    side = subject.settings["img_size"]
-    images = mim.Images(names, torch.tensor(cues), [], side=4 * side)
-    total = shape = texture = 0
-    for pixels, cue in images.batches(torch.arange(len(names)).split(250), device):
-        pred = subject.model(whole_images(pixels, side)).argmax(dim=1)
-        total += len(pred)
-        shape += (pred == cue[:, 0]).sum().item()
-        texture += (pred == cue[:, 1]).sum().item()
-    return total, shape, texture
+    size = subject.settings["img_size"]
+    images = mim.Images(names, torch.tensor(cues), [], side=4 * size)
+    device = subject.model.cls_token.device
+    logits, labels = finetune.outputs(subject.model, images, size, device)
+    shape, texture = (logits.argmax(dim=1, keepdim=True) == labels).sum(dim=0).tolist()
+    return len(labels), shape, texture
 
 
 def wilson_interval(hits, n, z=1.96):
@@ -321,12 +308,12 @@ def wilson_interval(hits, n, z=1.96):
     return (center - half) / (n + z * z), (center + half) / (n + z * z)
 
 
-def shape_table(config, subjects, device):
+def shape_table(config, subjects):
     """Print and return how many answers name the shape, and how many the texture."""
     result = {}
     rows = []
     for subject in subjects:
-        total, shape, texture = shape_bias(config, subject, device)
+        total, shape, texture = shape_bias(config, subject)
         low, high = wilson_interval(shape, shape + texture)
         figures = {"images": total, "shape": shape, "texture": texture, "interval": [low, high]}
         result[subject.name] = figures
@@ -337,41 +324,40 @@ def shape_table(config, subjects, device):
     return result
 
 
-def draw_examples(config, subject, ratios, masks, device):
+def draw_examples(config, subject, ratios, masks):
     """Write occlusion.png: one image, a row for each mask, a column for each ratio."""
-    rows = {}
     fill = "grey" if config.fill == "drop" else config.fill
+    config = replace(config, fill=fill)
+    index = torch.arange(len(subject.images))[: config.batch_size]
+    subject = replace(subject, images=subject.images.subset(index))
+    rows = {}
     for mask in masks:
         shown = []
         for ratio in ratios:
-            batches = occluded_batches(replace(config, fill=fill), subject, mask, ratio, 0, device)
-            (images, _), _ = next(batches)
+            images, _ = outputs(lambda images, visible: images, config, subject, mask, ratio)
             shown.append(mim.denormalize(images[:1]) / 255)
         rows[mask] = torch.cat(shown).expand(-1, 3, -1, -1)
     mim.save_picture(Path(config.out, "occlusion.png"), rows, [f"{ratio:.0%}" for ratio in ratios])
 
 
-def draw_curves(path, panels, x, xlabel, ylabel, chance=None):
-    """Write panels {title: {name: values, or (value, deviation)}} over x, with matplotlib."""
+def draw_curves(path, result, ratios, chance):
+    """Write accuracy over the share hidden, a panel for each mask, if matplotlib is there."""
     try:
         from matplotlib import pyplot
     except ImportError:
         print(f"no {path.name}: matplotlib is not installed")
         return
-    size = (5 * len(panels) + 2, 4)
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis, (title, curves) in zip(axes[0], panels.items()):
-        for name, values in curves.items():
-            y, *std = torch.tensor(values).reshape(len(values), -1).T
-            axis.plot(x[: len(y)], y, marker=".", label=name)
-            for width in std:
-                axis.fill_between(x[: len(y)], y - width, y + width, alpha=0.2)
-        if chance is not None:
-            axis.axhline(chance, color="grey", linestyle=":", label="chance")
-        axis.set(title=title, xlabel=xlabel)
-    axes[0, 0].set_ylabel(ylabel)
+    figure, axes = pyplot.subplots(1, len(result), squeeze=False, sharey=True, layout="constrained")
+    figure.set_size_inches(5 * len(result) + 2, 4)
+    x = [100 * ratio for ratio in ratios]
+    for axis, (mask, models) in zip(axes[0], result.items()):
+        for name, figures in models.items():
+            y, std = 100 * torch.tensor(figures["accuracy"]).T
+            axis.plot(x, y, marker=".", label=name)
+            axis.fill_between(x, y - std, y + std, alpha=0.2)
+        axis.axhline(100 * chance, color="grey", linestyle=":", label="chance")
+        axis.set(title=f"hidden: {mask}", xlabel="patches hidden, %")
+    axes[0, 0].set_ylabel("accuracy, %")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
     with mim.writing(path):
         figure.savefig(path, dpi=100)
@@ -385,47 +371,29 @@ def evaluate(config):
     folder = Path(config.out)
     config.precision = "float32"
     device, _ = mim.pick_device(config)
-    subjects = open_images(config, open_models(config, ratios, device))
+    subjects = open_models(config, ratios, device)
+    open_images(config, subjects)
     with mim.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
     result = {"config": asdict(config), "ratios": ratios}
     classifiers = [subject for subject in subjects if subject.classes]
-    measured = [subject for subject in subjects if config.features or not subject.classes]
     if classifiers:
-        result["accuracy"] = accuracy_table(config, classifiers, ratios, masks, device)
+        result["accuracy"] = {
+            mask: accuracy_table(config, classifiers, ratios, mask) for mask in masks
+        }
+        chance = 1 / len(classifiers[0].classes)
+        draw_curves(folder / "accuracy.png", result["accuracy"], ratios, chance)
+    measured = [subject for subject in subjects if config.features or not subject.classes]
     if measured:
         mim.seed_all(config.seed, 0)
-        index = subjects.index(measured[0])
-        blank = open_model(config.checkpoints[index], device, trained=False)
+        path = config.checkpoints[subjects.index(measured[0])]
+        blank = open_model(path, device, trained=False)
         measured.append(replace(blank, name="random initialisation", images=measured[0].images))
-        result["features"] = feature_table(config, measured, ratios, masks, device)
+        result["features"] = {mask: feature_table(config, measured, ratios, mask) for mask in masks}
     if config.cue_conflict:
-        result["shape_bias"] = shape_table(config, subjects, device)
-
-    result["images"] = subjects[0].count
-    draw_examples(config, subjects[0], ratios, masks, device)
-    percent = [100 * ratio for ratio in ratios]
-    if classifiers:
-        panels = {}
-        for mask, found in result["accuracy"].items():
-            panels[f"hidden: {mask}"] = {
-                name: [[100 * value, 100 * std] for value, std in figures["accuracy"]]
-                for name, figures in found.items()
-            }
-        chance = 100 / len(classifiers[0].classes)
-        draw_curves(
-            folder / "accuracy.png", panels, percent, "patches hidden, %", "accuracy, %", chance
-        )
-    if measured:
-        nearest = min(range(len(ratios)), key=lambda i: abs(ratios[i] - 0.75))
-        panels = {}
-        for mask, found in result["features"].items():
-            title = f"hidden: {mask}, {ratios[nearest]:.0%}"
-            panels[title] = {name: figures["cka"][nearest] for name, figures in found.items()}
-        draw_curves(
-            folder / "features.png", panels, range(1, 100), "block", "CKA with clean features"
-        )
+        result["shape_bias"] = shape_table(config, subjects)
+    draw_examples(config, subjects[0], ratios, masks)
     mim.write_text(folder / "occlusion.json", json.dumps(result, indent=2) + "\n")
     print(f"\nwritten to {folder}")
     return result

@@ -33,9 +33,7 @@ from relaxmim import Mistake, option
 class Config:
     """Every hyperparameter of fine-tuning. Where it is 0 or "", a size is the checkpoint's."""
 
-    checkpoint: str = option(
-        "", "a run's folder or a file of weights; empty: from scratch", nargs="?"
-    )
+    checkpoint: str = option("", "a run or a file of weights; empty: from scratch", nargs="?")
     data: str = option("synthetic", "synthetic, cifar10, cifar100 or a folder")
     num_labels: int = option(0, "size of a random subset to train on; 0: all images")
     validate: bool = option(False, "report on a tenth held out from train, never on test")
@@ -63,9 +61,7 @@ class Config:
     save_every: int = option(500, "steps between checkpoints")
     device: str = option("auto", "auto, cpu, cuda or mps")
     precision: str = option("auto", "auto: bfloat16 where it is native", choices=mim.PRECISIONS)
-    compile: str = option(
-        "auto", "auto: on CUDA, 2,000 steps or more", choices=("auto", "yes", "no")
-    )
+    compile: str = option("auto", "auto: CUDA, 2,000 steps or more", choices=("auto", "yes", "no"))
 
 
 class Classifier(mim.ViT):
@@ -199,43 +195,42 @@ def whole_images(pixels, size):
 
 
 @torch.no_grad()
+def outputs(function, images, size, device, workers=0):
+    """function, of a batch of whole images, for all readable images: (n, ...), and labels (n,)."""
+    values = []
+    labels = []
+    for pixels, y in images.batches(torch.arange(len(images)).split(250), device, workers):
+        values.append(function(whole_images(pixels, size)))
+        labels.append(y)
+    if not labels:
+        raise Mistake("--data: none of the images to report on can be read")
+    return torch.cat(values), torch.cat(labels)
+
+
 def accuracy(model, images, size, device, workers=0):
     """Share of the images that the model classifies correctly, and how many could be read."""
     model.eval()
-    correct = total = 0
-    for pixels, labels in images.batches(torch.arange(len(images)).split(250), device, workers):
-        pred = model(whole_images(pixels, size)).argmax(dim=1)
-        correct += (pred == labels).sum().item()
-        total += len(labels)
-    if total == 0:
-        raise Mistake("--data: none of the images to report on can be read")
-    return correct / total, total
+    logits, labels = outputs(model, images, size, device, workers)
+    return (logits.argmax(dim=1) == labels).sum().item() / len(labels), len(labels)
 
 
-@torch.no_grad()
 def neighbour_accuracy(model, train, test, size, device, workers=0, k=20):
     """Accuracy of a vote of the k nearest training images, by cosine of centred features.
 
     A vote weighs exp(cosine / 0.07) (Wu et al., 2018, arXiv 1805.01978).
     """
     model.eval()
-    features = []
-    labels = []
-    for images in (train, test):
-        batches = images.batches(torch.arange(len(images)).split(250), device, workers)
-        pairs = [(model.features(whole_images(pixels, size)), y) for pixels, y in batches]
-        features.append(torch.cat([x for x, _ in pairs]))
-        labels.append(torch.cat([y for _, y in pairs]))
-    center = features[0].mean(dim=0)
-    keys = F.normalize(features[0] - center, dim=1)  # (n, D)
-    queries = F.normalize(features[1] - center, dim=1)
-    one_hot = F.one_hot(labels[0], len(train.classes)).float()
-    correct = 0
-    for query, label in zip(queries.split(250), labels[1].split(250)):
+    keys, key_labels = outputs(model.features, train, size, device, workers)  # (n, D), (n,)
+    queries, labels = outputs(model.features, test, size, device, workers)
+    center = keys.mean(dim=0)
+    keys = F.normalize(keys - center, dim=1)
+    one_hot = F.one_hot(key_labels, len(train.classes)).float()
+    pred = []
+    for query in F.normalize(queries - center, dim=1).split(250):
         cosine, index = (query @ keys.T).topk(min(k, len(keys)))  # (b, k)
         votes = (cosine / 0.07).exp()[..., None] * one_hot[index]  # (b, k, classes)
-        correct += (votes.sum(dim=1).argmax(dim=1) == label).sum().item()
-    return correct / len(queries)
+        pred.append(votes.sum(dim=1).argmax(dim=1))
+    return (torch.cat(pred) == labels).sum().item() / len(labels)
 
 
 def prepare(config):
@@ -267,16 +262,16 @@ def train(config):
     B = config.batch_size
     device, autocast = mim.pick_device(config)
     resumed = mim.start_run(config)
-
     images, test = open_train_and_test(config)
-    mim.open_log(config, images, resumed)
+    first = resumed.get("step", 0)
+    log = resumed.get("log", [])
+    mim.write_start(config, images, log)
 
     mim.seed_all(config.seed, 2**32)
     classes = len(images.classes)
     size = (config.img_size, config.patch_size, config.in_chans, *mim.SIZES[config.model])
-    model = Classifier(
-        *size, num_classes=classes, probe=config.linear_probe, drop_path=config.drop_path
-    )
+    options = {"probe": config.linear_probe, "drop_path": config.drop_path}
+    model = Classifier(*size, num_classes=classes, **options)
     if weights:
         new = ("head.", "fc_norm.") if config.linear_probe else ("head.", "fc_norm.", "norm.")
         load_weights(model, weights, config.checkpoint, new)
@@ -285,26 +280,22 @@ def train(config):
         model.requires_grad_(False)
         model.head.requires_grad_(True)
     optimizer = torch.optim.AdamW(layer_groups(model, config), lr=config.lr, fused=True)
-    first = 0
     if resumed:
-        first = resumed["step"]
         model.load_state_dict(resumed["encoder"])
         optimizer.load_state_dict(resumed["optimizer"])
     net = mim.wrap(model, config, device)
     kinds = ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix))
     mixes = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha > 0]
     mix = v2.RandomChoice(mixes) if mixes else v2.Identity()
-    split = "validation" if config.validate else "test"
+    reading = (config.img_size, device, config.workers)  # of the images to report on
     if mim.RANK == 0:
         print(f"{len(images)} images, {config.steps} steps of {B}, on {device}")
 
     order = islice(mim.batch_order(len(images), B, config.steps, config.seed), first, None)
-    batches = images.batches(
-        (index[mim.MINE] for index in order), device, config.workers, fill=True
-    )
+    mine = (index[mim.MINE] for index in order)
+    batches = images.batches(mine, device, config.workers, fill=B // mim.WORLD)
     every = 0.1 if sys.stderr.isatty() else 30  # seconds
     bar = tqdm(batches, total=config.steps, initial=first, mininterval=every, disable=mim.RANK > 0)
-    step = first
     with mim.catch_signals() as received:
         for step, (pixels, labels) in enumerate(bar, first + 1):
             mim.seed_all(config.seed, step)  # everything random is a function of the step
@@ -317,59 +308,54 @@ def train(config):
             crops = mim.random_crops(pixels, config.img_size, draws, config.smallest_crop)
             inputs, target = mix(mim.normalize(crops), labels)
             with autocast:
-                logits = net(inputs)
-            smoothing = config.label_smoothing
-            loss = F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
+                logits = net(inputs).float()
+            loss = F.cross_entropy(logits, target, label_smoothing=config.label_smoothing)
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 3.0)
-
             last = step == config.steps or len(received) > 0
-            log = last or step == 1 or step % mim.LOG_EVERY == 0
-            save = last or step % config.save_every == 0
-            if (log or save) and not grad_norm.isfinite():
-                raise Mistake(
-                    f"step {step}: not finite; the last checkpoint stays, try a lower --lr"
-                )
+            is_log_step = last or step == 1 or step % mim.LOG_EVERY == 0
+            is_save_step = last or step % config.save_every == 0
+            if (is_log_step or is_save_step) and not grad_norm.isfinite():
+                raise Mistake(f"step {step}: not finite; checkpoint kept, try a lower --lr")
             optimizer.step()
             optimizer.zero_grad()
 
-            if log:
+            if is_log_step:
                 record = {"step": step, "epoch": round(step * B / len(images), 2)}
                 record["loss"] = loss.item()
                 record["lr"] = lr
                 record["grad_norm"] = grad_norm.item()
-                if config.validate and step % (mim.LOG_EVERY * 5) == 0:
-                    found, _ = accuracy(model, test, config.img_size, device, config.workers)
-                    record["validation_accuracy"] = found
+                if config.validate and step % (5 * mim.LOG_EVERY) == 0:
+                    record["validation_accuracy"], _ = accuracy(model, test, *reading)
+                log.append(record)
                 bar.set_postfix(epoch=record["epoch"], loss=f"{record['loss']:.3f}", refresh=False)
-                if mim.RANK == 0:
-                    mim.write_text(folder / "log.jsonl", json.dumps(record) + "\n", "a")
-            if save and mim.RANK == 0:
-                content = {"config": asdict(config), "step": step, "classes": images.classes}
+            if is_log_step and mim.RANK == 0:
+                mim.write_text(folder / "log.jsonl", json.dumps(record) + "\n", "a")
+            if is_save_step and mim.RANK == 0:
+                content = {"config": asdict(config), "step": step, "log": log}
+                content["classes"] = images.classes
                 content["encoder"] = model.state_dict()
                 content["optimizer"] = optimizer.state_dict()
                 mim.save_checkpoint(folder, content)
             if last:
                 break
     bar.close()
-    if step < config.steps:
+    if log[-1]["step"] < config.steps:
         print(f"stopped after step {step}; add --resume to the command to resume the run")
         raise SystemExit(128 + received[0])
-    if mim.RANK > 0:
-        mim.wait_for_others()
-        return {}
-    share, count = accuracy(model, test, config.img_size, device, config.workers)
-    result = {f"{split}_accuracy": share, "images": count}
-    if config.linear_probe:
-        found = neighbour_accuracy(model, images, test, config.img_size, device, config.workers)
-        result[f"{split}_accuracy_of_neighbours"] = found
-        print(f"{split} accuracy of 20 nearest neighbours: {found:.2%}")
-    result["minutes"] = round((time.time() - begun) / 60, 2)
-    result.update(asdict(config))
-    mim.write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
-    print(f"{split} accuracy, {count} images: {share:.2%}")
-    print(f"written to {folder}")
-    mim.wait_for_others()
+    result = {}
+    if mim.RANK == 0:
+        split = "validation" if config.validate else "test"
+        result[f"{split}_accuracy"], result["images"] = accuracy(model, test, *reading)
+        print(f"{split} accuracy, {result['images']} images: {result[f'{split}_accuracy']:.2%}")
+        if config.linear_probe:
+            found = neighbour_accuracy(model, images, test, *reading)
+            result[f"{split}_accuracy_of_neighbours"] = found
+            print(f"{split} accuracy of 20 nearest neighbours: {found:.2%}")
+        result["minutes"] = round((time.time() - begun) / 60, 2)
+        result.update(asdict(config))
+        mim.write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
+        print(f"written to {folder}")
     return result
 
 

@@ -422,14 +422,12 @@ def invariance(encoder, images, visible):
 # Everything above this line needs only the standard library and torch: copy it.
 
 import argparse
-import atexit
 import io
 import json
 import multiprocessing
 import os
 import signal
 import sys
-import time
 import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -504,13 +502,11 @@ def find_images(folder, ancestors=()):
 def read_image(path, in_chans, side=None):
     """One file as uint8 (C, H, W), upright; with side, scaled and cropped to (C, side, side)."""
     with Image.open(path) as image:
-        if image.mode in ("I", "F"):
-            raise ValueError(f"32-bit pixels of mode {image.mode}; convert them to 8 or 16 bits")
+        if image.mode[0] in "IF":
+            raise ValueError(f"pixels of mode {image.mode}; convert them to 8 bits")
         if side:
             image.draft(None, (side, side))  # a large JPEG is decoded at 1/2, 1/4 or 1/8
         ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         image = image.convert("L" if in_chans == 1 else "RGB")
         if side:
             image = ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
@@ -521,17 +517,6 @@ def ignore_signals(worker):
     """In a worker: Ctrl-C and SIGTERM to the process group are for the training, which saves."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def collate(batch, fill):
-    """The readable images of a batch of (index, pixels); with fill, repeated for the others."""
-    good = [item for item in batch if item[1] is not None]
-    if not good:
-        return [], None
-    if fill:
-        good = [good[i % len(good)] for i in range(len(batch))]
-    index, pixels = zip(*good)
-    return torch.tensor(index), torch.stack(pixels)
 
 
 @dataclass
@@ -548,37 +533,46 @@ class Images(Dataset):
     def __len__(self):
         return len(self.names)
 
-    def __getitem__(self, i):
-        """Of file i: (i, pixels (C, H, W)), or (i, None) if it is damaged."""
-        try:
-            return i, read_image(self.names[i], self.in_chans, self.side)
-        except Exception as error:  # noqa: BLE001 (decoders raise anything)
-            warnings.warn(f"left out {self.names[i]}: {str(error)[:80]}", stacklevel=1)
-            return i, None
-
     def subset(self, index):
         """The images at index (n,)."""
         names = [self.names[i] for i in index.tolist()]
         pixels = None if self.pixels is None else self.pixels[index]
         return replace(self, names=names, labels=self.labels[index], pixels=pixels)
 
-    def read(self, indices, workers, fill=False):
-        """For each index (B,) of indices: index (b,), pixels (b, C, H, W) of its readable files."""
-        options = {"num_workers": workers, "worker_init_fn": ignore_signals}
+    def __getitem__(self, index):
+        """Read the files of a list of indices: index (b,) and pixels of those that are readable."""
+        good = []
+        pixels = []
+        for i in index:
+            try:
+                pixels.append(read_image(self.names[i], self.in_chans, self.side))
+                good.append(i)
+            except Exception as error:  # noqa: BLE001 (decoders raise anything)
+                warnings.warn(f"left out {self.names[i]}: {str(error)[:80]}", stacklevel=1)
+        return torch.tensor(good), torch.stack(pixels) if pixels else None
+
+    def read(self, indices, workers=0, fill=0):
+        """For each index (B,) of indices: index (b,), pixels (b, C, H, W) of its readable files.
+
+        fill: readable files of the same batch are repeated until there are so many.
+        """
+        options = {"num_workers": workers, "worker_init_fn": ignore_signals, "batch_size": None}
         options["pin_memory"] = torch.cuda.is_available()
         options["generator"] = torch.Generator()  # the global one is for crops and masks
-        options["batch_sampler"] = (index.tolist() for index in indices)
-        for index, pixels in DataLoader(self, collate_fn=partial(collate, fill=fill), **options):
-            if len(index) > 0:
-                yield index, pixels
-            elif fill:
+        options["sampler"] = (index.tolist() for index in indices)
+        for index, pixels in DataLoader(self, **options):
+            if fill and pixels is None:
                 raise Mistake(f"--data: no image of a whole batch can be read; see {self.names[0]}")
+            if 0 < len(index) < fill:
+                again = torch.arange(fill) % len(index)
+                yield index[again], pixels[again]
+            elif len(index) > 0:
+                yield index, pixels
 
-    def batches(self, indices, device, workers=0, fill=False):
+    def batches(self, indices, device, workers=0, fill=0):
         """For each index (B,) of indices: pixels (B, C, H, W), uint8, and labels (B,), on device.
 
-        The pixels of a set of one image are (1, C, H, W). Damaged files are left out; with fill,
-        readable images of the same batch, with their labels, are repeated instead.
+        The pixels of a set of one image are (1, C, H, W). For fill, see read.
         """
         if self.pixels is None:
             for index, pixels in self.read(indices, workers, fill):
@@ -597,21 +591,19 @@ def find_files(config, train, labelled):
     if root.is_file():
         return Images([config.data], torch.tensor([0]), [])
     parts = [root / "train"] if train else [root / "test", root / "val"]
-    parts = [part for part in parts if part.is_dir()]
-    if not train and not parts and (labelled or (root / "train").is_dir()):
+    folder = next((part for part in parts if part.is_dir()), root)
+    if folder == root and not train and (labelled or (root / "train").is_dir()):
         raise Mistake(f"--data {root}: has no folder test or val to report on")
-    root = parts[0] if parts else root
-    names = find_images(root) if config.data and root.is_dir() else []
-    if labelled:  # the class is the folder directly under root
-        names = [name for name in names if Path(name).parent != root]
+    names = find_images(folder) if folder.is_dir() else []
+    if labelled:  # the class is the folder directly under train, test or val
+        names = [name for name in names if Path(name).parent != folder]
     if not names:
         allowed = "synthetic, cifar10, cifar100, a folder of images or a photograph"
         raise Mistake(f"--data {config.data}: no images found; must be {allowed}")
-    if not labelled:
-        return Images(names, torch.zeros(len(names), dtype=torch.int64), [])
-    folders = [Path(name).relative_to(root).parts[0] for name in names]
-    classes = sorted(set(folders))
-    return Images(names, torch.tensor([classes.index(folder) for folder in folders]), classes)
+    owners = [Path(name).relative_to(folder).parts[0] if labelled else "" for name in names]
+    classes = sorted(set(owners))
+    labels = torch.tensor([classes.index(owner) for owner in owners])
+    return Images(names, labels, classes)
 
 
 def read_files(images, config):
@@ -621,15 +613,14 @@ def read_files(images, config):
     photograph keeps its shape; its shorter side is at most 16 crops.
     """
     images.in_chans = config.in_chans
-    readable = (images[i][1] for i in range(len(images)))
-    first = next((pixels for pixels in readable if pixels is not None), None)
-    if first is None:
-        raise Mistake(f"--data {config.data}: none of {len(images)} images can be read")
-    side = min(first.shape[1:])
-    if len(images) == 1:
-        return replace(images, pixels=tv.resize(first, [min(side, 16 * config.img_size)])[None])
-    images.side = min(max(side, config.img_size), 2 * config.img_size)
     n = len(images)
+    _, first = next(images.read(torch.arange(n).split(1)), (None, None))
+    if first is None:
+        raise Mistake(f"--data {config.data}: none of {n} images can be read")
+    side = min(first.shape[2:])
+    if n == 1:
+        return replace(images, pixels=tv.resize(first, [min(side, 16 * config.img_size)]))
+    images.side = min(max(side, config.img_size), 2 * config.img_size)
     if n * config.in_chans * images.side**2 > config.cache_gb * 2**30:
         return images
     pixels = torch.empty(n, config.in_chans, images.side, images.side, dtype=torch.uint8)
@@ -638,7 +629,7 @@ def read_files(images, config):
         pixels[index] = batch  # a copy: what a worker sends holds a file descriptor
         good += index.tolist()
     images.pixels = pixels
-    return images if len(good) == n else images.subset(torch.tensor(good))
+    return images.subset(torch.tensor(good))
 
 
 def choose(n, count, seed, option="--num-images"):
@@ -656,25 +647,26 @@ def open_data(config, train=True, labelled=False, count=0):
     labelled: a folder has a folder for each class. count: size of a random subset; 0: all.
     """
     if config.data == "synthetic":
-        index = torch.arange(5000) if train else torch.arange(5000, 6000)
-        index = index[choose(len(index), count, config.seed)]
+        index = choose(5000 if train else 1000, count, config.seed) + (0 if train else 5000)
         side = config.img_size if len(index) > 1 else 8 * config.img_size  # crops of all scales
         pixels = torch.cat([synthetic_images(part.tolist(), side) for part in index.split(100)])
-        return Images([str(i) for i in index.tolist()], index % 6, SHAPES, pixels)
-    if config.data not in ("cifar10", "cifar100"):
+        images = Images([str(i) for i in index.tolist()], index % 6, SHAPES, pixels)
+    elif config.data in ("cifar10", "cifar100"):
+        kind = datasets.CIFAR10 if config.data == "cifar10" else datasets.CIFAR100
+        try:
+            cifar = kind(config.data_dir, train=train, download=True)
+        except Exception as error:  # noqa: BLE001 (network, disk or archive)
+            raise Mistake(f"--data {config.data}: cannot be had ({error})") from None
+        names = [str(i) for i in range(len(cifar))]
+        pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2)
+        images = Images(names, torch.tensor(cifar.targets), cifar.classes, pixels)
+        images = images.subset(choose(len(images), count, config.seed))
+    else:
         images = find_files(config, train, labelled)
         return read_files(images.subset(choose(len(images), count, config.seed)), config)
-    kind = datasets.CIFAR10 if config.data == "cifar10" else datasets.CIFAR100
-    try:
-        cifar = kind(config.data_dir, train=train, download=True)
-    except Exception as error:  # noqa: BLE001 (network, disk or archive)
-        raise Mistake(f"--data {config.data}: cannot be had ({error})") from None
-    pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2)
     if config.in_chans == 1:
-        pixels = tv.rgb_to_grayscale(pixels)
-    names = [str(i) for i in range(len(cifar))]
-    images = Images(names, torch.tensor(cifar.targets), cifar.classes, pixels)
-    return images.subset(choose(len(images), count, config.seed))
+        images.pixels = tv.rgb_to_grayscale(images.pixels)
+    return images
 
 
 def normalize(images):
@@ -790,21 +782,20 @@ class Config:
     save_every: int = option(500, "steps between checkpoints")
     device: str = option("auto", "auto, cpu, cuda or mps")
     precision: str = option("auto", "auto: bfloat16 where it is native", choices=PRECISIONS)
-    compile: str = option(
-        "auto", "auto: on CUDA, 2,000 steps or more", choices=("auto", "yes", "no")
-    )
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise Mistake(message)
+    compile: str = option("auto", "auto: CUDA, 2,000 steps or more", choices=("auto", "yes", "no"))
 
 
 def parse(cls, description, args):
     """An instance of cls, a dataclass of options, from the command line. Raises Mistake."""
+
+    def refuse(message):
+        raise Mistake(message)
+
     form = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=description, formatter_class=form, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=description, formatter_class=form)
+    parser.allow_abbrev = False
     parser.usage = "%(prog)s [options]"
+    parser.error = refuse
     for f in fields(cls):
         settings = {"default": f.default, **f.metadata}
         name = f.name if "nargs" in settings else "--" + f.name.replace("_", "-")
@@ -818,20 +809,20 @@ def parse(cls, description, args):
 
 def check_values(config):
     """Raise Mistake for a number out of range, or a name that is not known. For all scripts."""
-    positive = ("steps", "save_every", "batch_size", "patch_size", "img_size", "decoder_depth")
-    positive += ("mask_seeds", "lr", "temperature", "layer_decay", "smallest_crop")
-    highest = {"img_size": 4096, "workers": 256, "decoder_depth": 64, "mask_ratio": 1}
-    highest.update(layer_decay=1, smallest_crop=1, drop_path=0.99, label_smoothing=0.99)
+    limits = {"img_size": (1, 4096), "decoder_depth": (1, 64), "workers": (0, 256)}
+    limits.update(mask_ratio=(0, 1), layer_decay=(1e-12, 1), smallest_crop=(1e-12, 1))
+    limits.update(drop_path=(0, 0.99), label_smoothing=(0, 0.99))
+    limits.update(lr=(1e-12, 1e9), temperature=(1e-12, 1e9))
+    for name in ("steps", "save_every", "batch_size", "patch_size", "mask_seeds"):
+        limits[name] = (1, 1e9)
     for f in fields(config):
         value = getattr(config, f.name)
+        low, high = limits.get(f.name, (0, 1e9))
         given = f"--{f.name.replace('_', '-')} {value}"
-        choices = f.metadata.get("choices", [value])
-        if value not in choices:
-            raise Mistake(f"{given}: must be one of {', '.join(map(str, choices))}")
-        low = (1 if f.type is int else 1e-12) if f.name in positive else 0
-        high = highest.get(f.name, 1e9)
         if f.type in (int, float) and not low <= value <= high:
             raise Mistake(f"{given}: must be from {low:g} to {high:g}")
+        if value not in f.metadata.get("choices", [value]):
+            raise Mistake(f"{given}: must be one of {', '.join(map(str, f.metadata['choices']))}")
 
 
 def check_sizes(config):
@@ -841,17 +832,15 @@ def check_sizes(config):
     if config.batch_size % WORLD or config.batch_size < 2 * WORLD:
         limits = f"must be 2 or more for each of {WORLD} processes, the same for all"
         raise Mistake(f"--batch-size {config.batch_size}: {limits}")
-    if config.data == "synthetic" and config.in_chans != 3:
-        raise Mistake(f"--in-chans {config.in_chans}: the synthetic images are RGB")
 
 
 def check(config):
     """Raise Mistake for what cannot be pretrained."""
     check_values(config)
     check_sizes(config)
-    if config.loss not in (*SIMILARITIES, "crop"):
-        losses = ", ".join(SIMILARITIES)
-        raise Mistake(f"--loss {config.loss}: must be one of {losses}, crop")
+    losses = (*SIMILARITIES, "crop")
+    if config.loss not in losses:
+        raise Mistake(f"--loss {config.loss}: must be one of {', '.join(losses)}")
     N = (config.img_size // config.patch_size) ** 2
     least = 2 if config.loss == "infonce" else 1  # InfoNCE needs a negative
     if not least <= round(config.mask_ratio * N) < N:
@@ -903,7 +892,6 @@ def pick_device(config):
         raise Mistake(f"--device {name}: {str(error).splitlines()[0]}; try auto") from None
     if WORLD > 1 and not distributed.is_initialized():
         distributed.init_process_group()
-        atexit.register(distributed.destroy_process_group)
     native = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "cpu":
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions lack it
@@ -921,20 +909,17 @@ def wrap(model, config, device):
     return nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
 
 
-def wait_for_others():
-    """Wait until all processes are here: one that exits early can abort the others."""
-    if WORLD > 1:
-        distributed.barrier()
-
-
 @contextmanager
 def command_line():
-    """Turn a Mistake into one line and exit status 2. Leave no worker behind."""
+    """Turn a Mistake into one line and exit status 2. Leave no worker and no process behind."""
     warnings.showwarning = lambda message, *_: print(message, file=sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for names that are not UTF-8
     try:
         yield
+        if distributed.is_initialized():
+            distributed.barrier()  # a process that exits early can abort the others
+            distributed.destroy_process_group()
     except Mistake as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -1000,17 +985,17 @@ def load_checkpoint(path):
 
 
 def start_run(config):
-    """Make the folder of the run. Returns the checkpoint to resume, or None. Raises Mistake."""
+    """Make the folder of the run. Returns the checkpoint to resume, or {}. Raises Mistake."""
     folder = Path(config.out)
-    stale = {"config.json", "images.txt", "log.jsonl", "checkpoint.tmp"}  # before the first save
     if not config.resume:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
+        stale = {"config.json", "images.txt", "log.jsonl", "checkpoint.tmp"}  # never saved
         if not {path.name for path in folder.iterdir()} <= stale:
             raise Mistake(f"--out {folder}: not empty; add --resume, or choose another folder")
-        return None
+        return {}
     content = load_checkpoint(folder / "checkpoint.pt")
-    if not {"config", "step", "optimizer"} <= set(content):
+    if not {"config", "step", "log", "optimizer"} <= set(content):
         raise Mistake(f"--out {folder}: its checkpoint.pt is not that of a run")
     before = content["config"]
     for name, value in asdict(config).items():
@@ -1024,22 +1009,16 @@ def start_run(config):
     return content
 
 
-def open_log(config, images, resumed):
-    """Write config.json, images.txt, and log.jsonl up to the resumed step; return its last line."""
+def write_start(config, images, log):
+    """Write config.json, images.txt, and the lines of log.jsonl so far. Raises Mistake."""
     folder = Path(config.out)
     names = "".join(f"{name}\n" for name in images.names)
-    log = []
-    if resumed:
-        if (folder / "images.txt").read_bytes() != names.encode("utf-8", "surrogateescape"):
-            raise Mistake(f"--data {config.data}: not the images that the run began with")
-        lines = (folder / "log.jsonl").read_text().splitlines()
-        log = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be cut off
-        log = [record for record in log if record["step"] <= resumed["step"]]
+    if log and (folder / "images.txt").read_bytes() != os.fsencode(names):
+        raise Mistake(f"--data {config.data}: not the images that the run began with")
     if RANK == 0:
         write_text(folder / "config.json", json.dumps(asdict(config), indent=2) + "\n")
         write_text(folder / "images.txt", names)
         write_text(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in log))
-    return log[-1] if log else {}
 
 
 def save_picture(path, rows, columns=()):
@@ -1096,6 +1075,15 @@ def draw(model, crops, visible, hidden, path):
     save_picture(path, rows)
 
 
+def build(config):
+    """The model that config asks for, with new weights: a RelaxMIM, or a CropContrast."""
+    encoder = ViT(config.img_size, config.patch_size, config.in_chans, *SIZES[config.model])
+    if config.loss == "crop":
+        return CropContrast(encoder, config.temperature)
+    names = ("loss", "mask_ratio", "decoder_depth", "norm_pix", "relax_weight", "temperature")
+    return RelaxMIM(encoder, **{name: getattr(config, name) for name in names})
+
+
 def train(config):
     """Pretrain. Returns the last line of the log, a dict. Raises Mistake."""
     check(config)
@@ -1106,45 +1094,38 @@ def train(config):
     device, autocast = pick_device(config)
     resumed = start_run(config)
     dataset = open_data(config, count=config.num_images)
-    record = open_log(config, dataset, resumed)
+    first = resumed.get("step", 0)
+    log = resumed.get("log", [])
+    write_start(config, dataset, log)
 
     seed_all(config.seed, 2**32)
-    encoder = ViT(config.img_size, config.patch_size, config.in_chans, *SIZES[config.model])
-    if config.loss == "crop":
-        model = CropContrast(encoder, config.temperature).to(device)
-    else:
-        names = ("loss", "mask_ratio", "decoder_depth", "norm_pix", "relax_weight", "temperature")
-        model = RelaxMIM(encoder, **{name: getattr(config, name) for name in names}).to(device)
+    model = build(config).to(device)
     groups = decay_groups(model.parameters(), config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
     parts = {**dict(model.named_children()), "optimizer": optimizer}  # saved one by one
-    first = 0
-    if resumed:
-        first = resumed["step"]
-        for name, part in parts.items():
+    for name, part in parts.items():
+        if resumed:
             part.load_state_dict(resumed[name])
     net = wrap(model, config, device)
-    draw_mask = partial(MASKS[config.mask], grid=encoder.grid, ratio=config.mask_ratio)
+    draw_mask = partial(MASKS[config.mask], grid=model.encoder.grid, ratio=config.mask_ratio)
 
     seed_all(config.seed, 2**32 + 1)  # 64 fixed crops and masks to measure invariance on
-    probe_index = torch.randperm(max(64, len(dataset)))[:64] % len(dataset)
-    pixels, _ = next(dataset.batches([probe_index], device, fill=True))
+    index = torch.randperm(max(64, len(dataset)))[:64] % len(dataset)
+    pixels, _ = next(dataset.batches([index], device, fill=64))
     crops = random_crops(pixels, config.img_size, torch.rand(64, 5, device=device))
-    probe = normalize(crops)
-    probe_visible, probe_hidden = draw_mask(64, device=device)
-    claim = (
-        "cosine of whole and masked images {invariance:.3f}, of different images {different:.3f}"
-    )
+    visible, hidden = draw_mask(64, device=device)
+    probe = (model.encoder, normalize(crops), visible)
+    picture = (crops[:8], visible[:8], hidden[:8], folder / "views.png")
+    claim = "cosine of whole and masked images {invariance:.3f}, of different ones {different:.3f}"
     if RANK == 0:
         print(f"{len(dataset)} images, {config.steps} steps of {B}, on {device}")
-        print("at the start:", claim.format(**invariance(encoder, probe, probe_visible)))
+        print("at the start:", claim.format(**invariance(*probe)))
 
     order = islice(batch_order(len(dataset), B, config.steps, config.seed), first, None)
-    batches = dataset.batches((index[MINE] for index in order), device, config.workers, fill=True)
+    mine = (index[MINE] for index in order)
+    batches = dataset.batches(mine, device, config.workers, fill=B // WORLD)
     every = 0.1 if sys.stderr.isatty() else 30  # seconds
     bar = tqdm(batches, total=config.steps, initial=first, mininterval=every, disable=RANK > 0)
-    logged = first
-    clock = time.perf_counter()
     with catch_signals() as received:
         for step, (pixels, _) in enumerate(bar, first + 1):
             seed_all(config.seed, step)  # everything random in a step is a function of its number
@@ -1166,45 +1147,40 @@ def train(config):
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 3.0)
             last = step == config.steps or len(received) > 0
-            log = last or step == 1 or step % LOG_EVERY == 0
-            save = last or step % config.save_every == 0
-            if (log or save) and not grad_norm.isfinite():
-                raise Mistake(
-                    f"step {step}: not finite; the last checkpoint stays, try a lower --lr"
-                )
+            is_log_step = last or step == 1 or step % LOG_EVERY == 0
+            is_save_step = last or step % config.save_every == 0
+            if (is_log_step or is_save_step) and not grad_norm.isfinite():
+                raise Mistake(f"step {step}: not finite; checkpoint kept, try a lower --lr")
             optimizer.step()
             optimizer.zero_grad()
 
-            if log:
+            if is_log_step:
                 record = {"step": step, "epoch": round(step * B / len(dataset), 2)}
                 record["loss"] = loss.item()
                 record["lr"] = lr
                 record["grad_norm"] = grad_norm.item()
-                metrics = {**metrics, **invariance(encoder, probe, probe_visible)}
+                metrics = {**metrics, **invariance(*probe)}
                 record.update({name: float(value) for name, value in metrics.items()})
-                seconds = time.perf_counter() - clock
-                record["images_per_s"] = round(B * (step - logged) / seconds, 1)
-                logged = step
-                clock += seconds
+                log.append(record)
                 bar.set_postfix(epoch=record["epoch"], loss=f"{record['loss']:.3f}", refresh=False)
-            if log and RANK == 0:
+            if is_log_step and RANK == 0:
                 write_text(folder / "log.jsonl", json.dumps(record) + "\n", "a")
-            if save and RANK == 0:
-                content = {name: part.state_dict() for name, part in parts.items()}
-                save_checkpoint(folder, {"config": asdict(config), "step": step, **content})
+            if is_save_step and RANK == 0:
+                content = {"config": asdict(config), "step": step, "log": log}
+                content.update({name: part.state_dict() for name, part in parts.items()})
+                save_checkpoint(folder, content)
             if last:
                 break
     bar.close()
-    if record["step"] < config.steps:
-        print(f"stopped after step {record['step']}; add --resume to the command to resume the run")
+    if log[-1]["step"] < config.steps:
+        print(f"stopped after step {step}; add --resume to the command to resume the run")
         raise SystemExit(128 + received[0])
     if RANK == 0:
-        draw(model, crops[:8], probe_visible[:8], probe_hidden[:8], folder / "views.png")
-        print("at the end:", claim.format(**record))
-        print(", ".join(f"{name} {value:.4g}" for name, value in record.items()))
+        draw(model, *picture)
+        print("at the end:", claim.format(**log[-1]))
+        print(", ".join(f"{name} {value:.4g}" for name, value in log[-1].items()))
         print(f"written to {folder}")
-    wait_for_others()
-    return record
+    return log[-1]
 
 
 def main(args=None):

@@ -185,7 +185,7 @@ def eval_10k():
     task = eval_occlusion.Config(mask_seeds=1), subject, "random", [0, 0.25, 0.5, 0.75, 0.9]
     start = time.perf_counter()
     with torch.no_grad():
-        eval_occlusion.accuracy_curve(*task, DEVICE)
+        eval_occlusion.accuracy_curve(*task)
     return round(time.perf_counter() - start, 2)
 
 

@@ -130,7 +130,7 @@ def test_pretraining_leaves_its_files_and_a_checkpoint_that_loads(runs):
         assert math.isfinite(record[name])
     for text in (
         "cosine of whole and masked images",
-        "of different images",
+        "of different ones",
         f"{record['invariance']:.3f}",
         "±",
     ):
@@ -162,10 +162,10 @@ def test_fine_tuning_writes_its_result_and_starts_from_the_weights_that_a_probe_
 
 def test_occlusion_is_measured_for_classifiers_and_for_the_blocks_of_encoders(runs):
     found = {path.name for path in (runs / "occlusion").iterdir()}
-    curves = {"accuracy.png", "features.png"} if find_spec("matplotlib") else set()
+    curves = {"accuracy.png"} if find_spec("matplotlib") else set()
     assert found == {"occlusion.json", "occlusion.png"} | curves
     result = read_json(runs / "occlusion" / "occlusion.json")
-    assert (result["ratios"], result["images"]) == ([0, 0.5, 0.9], 18)
+    assert result["ratios"] == [0, 0.5, 0.9]
     assert set(result["accuracy"]) == set(result["features"]) == {"random", "block"}
     for curves in result["accuracy"].values():
         assert set(curves) == {TUNED, "scratch"}
@@ -174,6 +174,7 @@ def test_occlusion_is_measured_for_classifiers_and_for_the_blocks_of_encoders(ru
             a, b, c = [value for value, _ in figures["accuracy"]]
             auc = (0.5 * (a + b) / 2 + 0.4 * (b + c) / 2) / 0.9
             assert (figures["clean"], figures["auc"]) == (a, pytest.approx(auc))
+            assert figures["images"] == 18
             assert figures["retention"] == pytest.approx(auc / a)
     for models in result["features"].values():
         assert set(models) == {"mae-phötos", "random initialisation"}
@@ -319,10 +320,7 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bits(case, photos):
     call(module.main, *options, "--resume")
     for name in ("encoder", "optimizer"):
         torch.testing.assert_close(load("whole")[name], load("killed")[name], rtol=0, atol=0)
-    logs = [read_log("whole"), read_log("killed")]
-    for record in logs[0] + logs[1]:
-        record.pop("images_per_s", None)
-    assert logs[0] == logs[1]
+    assert read_log("whole") == read_log("killed")
 
 
 @pytest.mark.parametrize(
@@ -445,9 +443,10 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 import finetune, relaxmim
 options = json.loads(sys.argv[2])
-for loss in ("mae", "relax", "infonce"):
-    relaxmim.train(relaxmim.Config(loss, out=f"two-{loss}", **options))
-finetune.train(finetune.Config(out="two-finetune", **options))
+with relaxmim.command_line():
+    for loss in ("mae", "relax", "infonce"):
+        relaxmim.train(relaxmim.Config(loss, out=f"two-{loss}", **options))
+    finetune.train(finetune.Config(out="two-finetune", **options))
 """)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["both.py", str(ROOT), json.dumps(options)]
@@ -507,8 +506,8 @@ def test_damaged_files_and_junk_are_in_no_count_and_no_accuracy(probe, cache_gb,
     assert load("run")["classes"] == ["cat", "dog"]
     assert result["test_accuracy"] == result.get("test_accuracy_of_neighbours", 0.75) == 0.75
     call(eval_occlusion.main, "run", *options, *BRIEF)
-    measured = read_json("runs/occlusion/occlusion.json")
-    assert measured["accuracy"]["random"]["run"]["clean"] == 0.75
+    measured = read_json("runs/occlusion/occlusion.json")["accuracy"]["random"]["run"]
+    assert measured["clean"] == 0.75
     assert (result["images"], measured["images"]) == (8, 8)
 
 
@@ -606,25 +605,22 @@ def test_many_small_files_need_few_descriptors():
     assert len(images) == 10000 and (images.pixels == images.pixels[0]).all()
 
 
-@pytest.mark.parametrize("mode", ["P", "RGBA", "LA", "CMYK", "I;16", "I;16B", "turned", "F", "I"])
+@pytest.mark.parametrize("mode", ["P", "RGBA", "LA", "CMYK", "turned", "F", "I", "I;16"])
 def test_images_of_every_mode_are_read_rightly_or_refused_by_name(mode, mistake):
     grey = np.linspace(0, 255, 24 * 32).reshape(24, 32)
     exif = Image.Exif()
-    path = {"CMYK": "a.jpg", "I;16B": "a.tif", "F": "a.tif", "I": "a.tif"}.get(mode, "a.png")
+    path = {"CMYK": "a.jpg", "F": "a.tif", "I": "a.tif"}.get(mode, "a.png")
     image = Image.fromarray(grey.astype(np.uint8))
-    if mode.startswith("I;16"):
-        values = (grey * 257).astype(">u2" if mode == "I;16B" else "<u2")
-        image = Image.frombytes(mode, (32, 24), values.tobytes())
-    elif mode == "turned":
+    if mode == "turned":
         exif[0x0112] = 6  # the camera lay on its side
         image = Image.fromarray(np.rot90(grey).astype(np.uint8))
-    elif mode in ("F", "I"):
-        image = image.convert(mode)
+    elif mode in ("F", "I", "I;16"):
+        image = image.convert("I").convert(mode)
     else:
         image = image.convert("RGB").convert(mode, palette=Image.Palette.ADAPTIVE)
     image.save(path, exif=exif)
-    if mode in ("F", "I"):
-        mistake("--data a.tif: none of 1 images", relaxmim.main, "--data", "a.tif", *TINY)
+    if mode in ("F", "I", "I;16"):
+        mistake(f"--data {path}: none of 1 images", relaxmim.main, "--data", path, *TINY)
         return
     for in_chans in (3, 1):
         pixels = relaxmim.read_image(path, in_chans)
@@ -770,7 +766,7 @@ def test_from_python_a_mistake_is_raised_and_the_result_is_returned():
         ("relaxmim.py --mask-ratio 0.02", "--mask-ratio 0.02: .*2"),
         ("relaxmim.py --batch-size 1", "--batch-size 1: .*2"),
         ("relaxmim.py --patch-size 5", "--patch-size 5: .*32"),
-        ("relaxmim.py --in-chans 1", "--in-chans 1: .*RGB"),
+        ("relaxmim.py --in-chans 2", "--in-chans.*3, 1"),
         ("relaxmim.py --num-images 5001", "--num-images 5001: .*5000"),
         ("relaxmim.py --data sythetic", "--data sythetic: .*synthetic"),
         ("relaxmim.py --device meta", "--device meta: .*auto"),

@@ -26,7 +26,6 @@ import torch.nn.functional as F
 
 import finetune
 import relaxmim as mim
-from finetune import Classifier, load_encoder, load_weights, relabel, whole_images
 from relaxmim import Mistake, option
 
 FILLS = ("drop", "grey", "swap")  # swap: with the patches of another image
@@ -93,18 +92,16 @@ class Subject:
 
 def open_model(path, device, trained=True):
     """The model of a checkpoint: a Classifier if it has a head, else a ViT."""
-    weights, settings, classes = load_encoder(path)
+    weights, settings, classes = finetune.load_encoder(path)
     size = [settings[name] for name in ("img_size", "patch_size", "in_chans")]
     size += mim.SIZES[settings["model"]]
     model = mim.ViT(*size)
     if classes:
         probe = "fc_norm.running_mean" in weights
-        model = Classifier(*size, num_classes=len(classes), probe=probe)
+        model = finetune.Classifier(*size, num_classes=len(classes), probe=probe)
     if trained:
-        load_weights(model, weights, path)
-    path = Path(path)
-    name = path.parent.name if path.name == "checkpoint.pt" else path.name
-    return Subject(name, model.eval().to(device), settings, classes)
+        finetune.load_weights(model, weights, path)
+    return Subject(finetune.run_name(path), model.eval().to(device), settings, classes)
 
 
 def open_models(config, ratios, device):
@@ -141,7 +138,7 @@ def open_images(config, subjects):
     for subject in subjects:
         subject.images = images
         if subject.classes:
-            subject.images = relabel(images, subject.classes, subject.name)
+            subject.images = finetune.relabel(images, subject.classes, subject.name)
 
 
 def occlude(images, visible, hidden, patch_size, fill):
@@ -176,7 +173,7 @@ def outputs(function, config, subject, mask, ratio, mask_seed=0):
         mim.seed_all(config.seed, stream * 2**20 + i)
         visible, hidden = mim.MASKS[mask](len(y), grid, ratio)
         hide = (visible.to(device), hidden.to(device), subject.model.patch_size, config.fill)
-        values.append(function(*occlude(whole_images(pixels, size), *hide)))
+        values.append(function(*occlude(finetune.whole_images(pixels, size), *hide)))
         labels.append(y)
     return torch.cat(values), torch.cat(labels)
 

@@ -125,13 +125,17 @@ def load_encoder(path):
     return weights, settings, None
 
 
+def run_name(path):
+    """The name of a run's folder, of the checkpoint.pt in it, or of a file of weights."""
+    path = Path(path)
+    return path.parent.name if path.name == "checkpoint.pt" else path.name
+
+
 def resize_positions(pos_embed, grid):
-    """Position embeddings (1, 1 + N, D) for another grid: sin-cos anew, learned interpolated."""
+    """Position embeddings (1, 1 + N, D), interpolated to another grid, as MAE and timm do."""
     side = math.isqrt(pos_embed.shape[1] - 1)
-    dim = pos_embed.shape[2]
-    fixed = mim.sincos_positions((side, side), dim)
-    if torch.allclose(pos_embed, fixed, atol=5e-3):  # even if it was stored in half precision
-        return mim.sincos_positions(grid, dim)
+    if grid == (side, side):
+        return pos_embed
     table = pos_embed[:, 1:].mT.unflatten(2, (side, side))  # (1, D, side, side)
     table = F.interpolate(table, grid, mode="bicubic", antialias=True)
     return torch.cat([pos_embed[:, :1], table.flatten(2).mT], dim=1)
@@ -237,12 +241,10 @@ def prepare(config):
     """Fill in what config leaves to the checkpoint, and check it. Returns the weights, or None."""
     weights = None
     settings = {"model": "nano", "patch_size": 4, "img_size": 32, "in_chans": 3}
-    path = Path("scratch")
+    name = "scratch"
     if config.checkpoint:
         weights, settings, _ = load_encoder(config.checkpoint)
-        path = Path(config.checkpoint)
-        path = path.parent if path.name == "checkpoint.pt" else path
-    name = path.stem if path.is_file() else path.name
+        name = run_name(config.checkpoint)
     for key in ("model", "patch_size", "img_size", "in_chans"):
         setattr(config, key, getattr(config, key) or settings[key])
     kind = "probe" if config.linear_probe else "finetune"

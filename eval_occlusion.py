@@ -6,7 +6,7 @@
     python eval_occlusion.py runs/finetune-A --fill swap       covered by other images' patches
 
 Every model sees the same images behind the same masks. Everything is computed in float32. Written:
-occlusion.json, all figures; occlusion.png, what the models were shown; and with matplotlib
+occlusion.json, all figures; occlusion.png, the masks on one image; and with matplotlib
 accuracy.png, accuracy over the share hidden.
 
 AUC is the mean of the accuracy over the shares hidden; retention is AUC over clean accuracy. CKA
@@ -45,7 +45,7 @@ class Config:
     data: str = option("", "a data set with labels; empty: the first checkpoint's")
     num_images: int = option(2000, "size of a random subset of the test images; 0: all")
     data_dir: str = option("data", "where torchvision keeps its data sets")
-    cache_gb: float = option(1.0, "a folder that needs more memory is streamed (GiB)")
+    cache_gb: float = option(1.0, "GiB of memory for a folder; a larger one is streamed")
     workers: int = option(2, "number of processes that read files")
     batch_size: int = option(250, "images at a time")
     seed: int = option(0, "random seed, of images and masks")
@@ -66,7 +66,7 @@ def check(config):
     except ValueError:
         ratios = []
     if not ratios or ratios != sorted(set(ratios)) or not 0 <= ratios[0] <= ratios[-1] < 1:
-        raise Mistake(f"--ratios {config.ratios}: must be rising numbers from 0 to below 1")
+        raise Mistake(f"--ratios {config.ratios}: must be increasing numbers from 0 to below 1")
     masks = config.masks.split(",")
     for name in masks:
         if name not in mim.MASKS:
@@ -112,14 +112,15 @@ def open_models(config, ratios, device):
         if subject.name in [other.name for other in subjects]:
             subject.name = f"{subject.name} ({len(subjects)})"
         subjects.append(subject)
-        chans = subjects[0].settings["in_chans"]
-        if subject.settings["in_chans"] != chans:
-            raise Mistake(f"{path}: has {subject.settings['in_chans']} channels, the first {chans}")
+        in_chans = subject.settings["in_chans"]
+        first = subjects[0].settings["in_chans"]
+        if in_chans != first:
+            raise Mistake(f"{path}: has {in_chans} channels, the first model {first}")
         N = math.prod(subject.model.grid)
         if round(ratios[-1] * N) == N:
             raise Mistake(f"--ratios {ratios[-1]:g}: would hide all {N} patches of {subject.name}")
-        if config.cue_conflict and (chans != 3 or not subject.classes):
-            raise Mistake(f"--cue-conflict: {path} is no classifier of RGB images")
+        if config.cue_conflict and (in_chans != 3 or not subject.classes):
+            raise Mistake(f"--cue-conflict: {path} is not a classifier of RGB images")
     return subjects
 
 
@@ -157,7 +158,7 @@ def occlude(images, visible, hidden, patch_size, fill):
     return mim.unpatchify(patches, grid, patch_size), None
 
 
-def outputs(function, config, subject, mask, ratio, mask_seed=0):
+def behind_masks(function, config, subject, mask, ratio, mask_seed=0):
     """function, of occluded images, for all readable images: (n, ...), and labels (n,).
 
     function takes images and visible as a ViT does. Masks are the same for all subjects.
@@ -184,7 +185,7 @@ def accuracy_curve(config, subject, mask, ratios):
     for ratio in ratios:
         shares = []
         for mask_seed in range(config.mask_seeds if ratio > 0 else 1):
-            logits, labels = outputs(subject.model, config, subject, mask, ratio, mask_seed)
+            logits, labels = behind_masks(subject.model, config, subject, mask, ratio, mask_seed)
             shares.append((logits.argmax(dim=1) == labels).sum().item() / len(labels))
         curve.append((mean(shares), stdev(shares) if len(shares) > 1 else 0.0))
     return curve, len(labels)
@@ -212,7 +213,8 @@ def accuracy_table(config, subjects, ratios, mask):
     rows = []
     for subject in subjects:
         curve, count = accuracy_curve(config, subject, mask, ratios)
-        [(clean, _)], _ = accuracy_curve(config, subject, mask, [0.0])
+        clean_curve, _ = accuracy_curve(config, subject, mask, [0.0])
+        clean = clean_curve[0][0]
         auc = area_under_curve(ratios, [value for value, _ in curve])
         retention = auc / clean if clean > 0 else 0.0
         figures = {"images": count, "accuracy": curve, "clean": clean}
@@ -259,10 +261,10 @@ def feature_table(config, subjects, ratios, mask):
     rows = []
     for subject in subjects:
         features = partial(block_features, subject.model)
-        clean, _ = outputs(features, config, subject, mask, 0.0)  # (n, depth, D)
+        clean, _ = behind_masks(features, config, subject, mask, 0.0)  # (n, depth, D)
         figures = {"cka": [], "cosine": []}
         for ratio in ratios:
-            occluded, _ = outputs(features, config, subject, mask, ratio)
+            occluded, _ = behind_masks(features, config, subject, mask, ratio)
             pairs = list(zip(clean.unbind(1), occluded.unbind(1)))
             figures["cka"].append([cka(a, b) for a, b in pairs])
             figures["cosine"].append([cosine(a, b) for a, b in pairs])
@@ -275,10 +277,10 @@ def feature_table(config, subjects, ratios, mask):
 
 
 def shape_bias(config, subject):
-    """Answers to SHAPEn-TEXTUREm.png, the shape of one class in the texture of another.
+    """Count shape and texture answers on images SHAPEn-TEXTUREm.png (Geirhos et al., 2019).
 
-    (Geirhos et al., 2019.) Returns the number of images of two classes of the model, and of answers
-    that name the shape, and the texture.
+    Returns the number of images whose two classes the model knows, of answers that name the shape,
+    and of answers that name the texture.
     """
     known = [SYNONYMS.get(name, name) for name in subject.classes]
     names, cues = [], []
@@ -294,7 +296,9 @@ def shape_bias(config, subject):
     images = mim.Images(names, torch.tensor(cues), [], side=4 * size)
     device = subject.model.cls_token.device
     logits, labels = finetune.outputs(subject.model, images, size, device)
-    shape, texture = (logits.argmax(dim=1, keepdim=True) == labels).sum(dim=0).tolist()
+    pred = logits.argmax(dim=1)
+    shape = (pred == labels[:, 0]).sum().item()
+    texture = (pred == labels[:, 1]).sum().item()
     return len(labels), shape, texture
 
 
@@ -331,7 +335,7 @@ def draw_examples(config, subject, ratios, masks):
     for mask in masks:
         shown = []
         for ratio in ratios:
-            images, _ = outputs(lambda images, visible: images, config, subject, mask, ratio)
+            images, _ = behind_masks(lambda images, visible: images, config, subject, mask, ratio)
             shown.append(mim.denormalize(images[:1]) / 255)
         rows[mask] = torch.cat(shown).expand(-1, 3, -1, -1)
     mim.save_picture(Path(config.out, "occlusion.png"), rows, [f"{ratio:.0%}" for ratio in ratios])

@@ -6,7 +6,7 @@
     python finetune.py runs/mae-cifar10 --linear-probe        a linear head on the frozen encoder
     python finetune.py mae_pretrain_vit_base.pth --data DIR   weights of MAE or timm
 
-Test images are looked at once, at the end, and no setting is chosen on them. To choose settings,
+Test images are used once, at the end, and no setting is chosen on them. To choose settings,
 use --validate, which holds out a tenth of the training images and reports on that.
 """
 
@@ -31,7 +31,7 @@ from relaxmim import Mistake, option
 
 @dataclass
 class Config:
-    """Every hyperparameter of fine-tuning. Where it is 0 or "", a size is the checkpoint's."""
+    """Every hyperparameter of fine-tuning. Sizes of 0 or "" come from the checkpoint."""
 
     checkpoint: str = option("", "a run or a file of weights; empty: from scratch", nargs="?")
     data: str = option("synthetic", "synthetic, cifar10, cifar100 or a folder")
@@ -43,11 +43,11 @@ class Config:
     img_size: int = option(0, "side of an image in pixels; from scratch: 32")
     in_chans: int = option(0, "3: RGB, 1: grey; from scratch: 3")
     data_dir: str = option("data", "where torchvision keeps its data sets")
-    cache_gb: float = option(1.0, "a folder that needs more memory is streamed (GiB)")
+    cache_gb: float = option(1.0, "GiB of memory for a folder; a larger one is streamed")
     workers: int = option(2, "number of processes that read files")
     steps: int = option(800, "number of optimizer steps")
     batch_size: int = option(128, "images in a step, over all processes")
-    lr: float = option(1e-3, "peak learning rate, of the head")
+    lr: float = option(1e-3, "peak learning rate (of the head)")
     layer_decay: float = option(1.0, "learning rate of a block relative to the next one")
     weight_decay: float = option(0.05, "weight decay, but not of biases and norms")
     drop_path: float = option(0.0, "stochastic depth, in the last block")
@@ -108,8 +108,8 @@ def load_encoder(path):
     weights = {}
     for name, value in content.items():
         name = name.replace("module.", "").replace("_orig_mod.", "")
-        other = name.startswith(("decoder", "mask_token", "head.", "fc_norm."))
-        if isinstance(value, torch.Tensor) and not other:
+        is_head = name.startswith(("decoder", "mask_token", "head.", "fc_norm."))
+        if isinstance(value, torch.Tensor) and not is_head:
             weights[name] = value.float()
     missing = {"patch_embed.proj.weight", "pos_embed", "cls_token"} - set(weights)
     if missing:
@@ -160,9 +160,9 @@ def layer_groups(model, config):
     layers += [list(block.parameters()) for block in model.blocks]
     layers.append([*model.norm.parameters(), *model.fc_norm.parameters(), *model.head.parameters()])
     groups = []
-    for below, parameters in enumerate(reversed(layers)):
+    for layer, parameters in enumerate(reversed(layers)):  # 0: the head
         parameters = [p for p in parameters if p.requires_grad]
-        groups += mim.decay_groups(parameters, config.weight_decay, config.layer_decay**below)
+        groups += mim.decay_groups(parameters, config.weight_decay, config.layer_decay**layer)
     return groups
 
 
@@ -171,7 +171,7 @@ def relabel(images, classes, owner):
     for name in images.classes:
         if name not in classes:
             known = ", ".join(classes[:10])
-            raise Mistake(f"--data: {owner} does not know the class {name}; it knows {known}")
+            raise Mistake(f"--data: {owner} has no class {name}; it has {known}")
     table = torch.tensor([classes.index(name) for name in images.classes])
     return replace(images, labels=table[images.labels], classes=classes)
 
@@ -270,10 +270,10 @@ def train(config):
     mim.write_start(config, images, log)
 
     mim.seed_all(config.seed, 2**32)
-    classes = len(images.classes)
+    num_classes = len(images.classes)
     size = (config.img_size, config.patch_size, config.in_chans, *mim.SIZES[config.model])
     options = {"probe": config.linear_probe, "drop_path": config.drop_path}
-    model = Classifier(*size, num_classes=classes, **options)
+    model = Classifier(*size, num_classes=num_classes, **options)
     if weights:
         new = ("head.", "fc_norm.") if config.linear_probe else ("head.", "fc_norm.", "norm.")
         load_weights(model, weights, config.checkpoint, new)
@@ -287,7 +287,7 @@ def train(config):
         optimizer.load_state_dict(resumed["optimizer"])
     net = mim.wrap(model, config, device)
     kinds = ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix))
-    mixes = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha > 0]
+    mixes = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha > 0]
     mix = v2.RandomChoice(mixes) if mixes else v2.Identity()
     reading = (config.img_size, device, config.workers)  # of the images to report on
     if mim.RANK == 0:
@@ -351,9 +351,9 @@ def train(config):
         result[f"{split}_accuracy"], result["images"] = accuracy(model, test, *reading)
         print(f"{split} accuracy, {result['images']} images: {result[f'{split}_accuracy']:.2%}")
         if config.linear_probe:
-            found = neighbour_accuracy(model, images, test, *reading)
-            result[f"{split}_accuracy_of_neighbours"] = found
-            print(f"{split} accuracy of 20 nearest neighbours: {found:.2%}")
+            share = neighbour_accuracy(model, images, test, *reading)
+            result[f"{split}_accuracy_of_neighbours"] = share
+            print(f"{split} accuracy of 20 nearest neighbours: {share:.2%}")
         result["minutes"] = round((time.time() - begun) / 60, 2)
         result.update(asdict(config))
         mim.write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")

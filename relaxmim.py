@@ -19,12 +19,12 @@ So T is the mask, the measure is the decoder with its loss, and f becomes invari
 In (5) the second term is (3) as a penalty; without it both decoders may output a constant. In (6),
 q_i = d(z1) at hidden patch i and k_i = sg[z2] at the same patch. Both have the batch mean at their
 position subtracted and are scaled to unit length; j runs over the hidden patches of that image.
-Every norm is a mean over elements. By default, x in (2), (3) and (5) is normalised per patch.
+Every norm is a mean over elements. As a target, x is normalised per patch by default.
 
 Contents: Masks, Model, Similarities, RelaxMIM, CropContrast, invariance; and to train them: Data,
 Config, Training, main. The form of (2) to (6) and every number are our choice, not the paper's.
 
-    python relaxmim.py --loss infonce --num-images 1    one embedded image: 2 minutes on 2 CPU cores
+    python relaxmim.py --loss infonce --num-images 1    one synthetic image: 2 minutes on 2 CPU cores
     python relaxmim.py --loss mae --data cifar10        or a folder of images, or one photograph
     python relaxmim.py --loss crop                      (1) with T = crop and colour, to compare
 """
@@ -85,7 +85,8 @@ def grid_mask(batch, grid, ratio, generator=None, device=None):
     row, col = patch_coords(grid, device)
     odd_row = (row + shift[0]) % 2  # (B, N)
     odd_col = (col + shift[1]) % 2
-    return hide_lowest(2 * odd_row + (odd_row + odd_col) % 2 + ties, ratio)
+    rank = 2 * odd_row + (odd_row != odd_col)  # 0 to 3 in every 2 x 2; 3 stays visible longest
+    return hide_lowest(rank + ties, ratio)
 
 
 def mask_indices(mask):
@@ -150,7 +151,7 @@ class Attention(nn.Module):
     def forward(self, x):
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, N, 3, heads, D/heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, D/heads) each
-        if x.device.type == "cpu":  # written out: with AMX, 2.8 times faster in bfloat16
+        if x.device.type == "cpu":  # written out, it is faster in bfloat16 on CPUs with AMX
             scale = q.shape[-1] ** -0.5
             x = (q * scale @ k.mT).softmax(dim=-1) @ v
         else:
@@ -232,8 +233,8 @@ class Decoder(nn.Module):
         position = self.decoder_pos_embed.expand(len(tokens), -1, -1)  # (B, 1 + N, D)
         x = self.decoder_embed(tokens)  # (B, 1 + V, D)
         x = x + gather_tokens(position, F.pad(visible + 1, (1, 0)))  # 0 is the class token
-        masked = self.mask_token + gather_tokens(position, hidden + 1)  # (B, K, D)
-        x = torch.cat([x, masked], dim=1)  # (B, 1 + N, D); attention ignores order
+        mask_tokens = self.mask_token + gather_tokens(position, hidden + 1)  # (B, K, D)
+        x = torch.cat([x, mask_tokens], dim=1)  # (B, 1 + N, D); attention ignores order
         for block in self.decoder_blocks:
             x = block(x)
         return self.decoder_pred(self.decoder_norm(x[:, tokens.shape[1] :]))
@@ -274,8 +275,8 @@ def info_nce(q, k, temperature):
 def subtract_position_mean(tokens, index, num_patches):
     """Subtract from tokens (B, K, D), at patches index (B, K), the batch mean at each position.
 
-    Otherwise the position alone identifies the positive, whatever the image shows. With what all
-    images share at a position subtracted, only the image itself can tell.
+    Otherwise the position alone identifies the positive, whatever the image shows. Once the mean
+    is subtracted, only the content of the image does. Summed in an order that is always the same.
     """
     tokens = tokens.float()
     index = index[..., None].expand_as(tokens)  # (B, K, D)
@@ -408,13 +409,13 @@ def invariance(encoder, images, visible):
     """
     with torch.autocast(images.device.type, enabled=False):
         whole = encoder(images)[:, 1:].mean(dim=1)  # (B, D)
-        masked = encoder(images, visible)[:, 1:].mean(dim=1)
+        occluded = encoder(images, visible)[:, 1:].mean(dim=1)
         spread = F.normalize(whole, dim=1).std(dim=0, correction=0).norm()
-        center = (whole + masked).mean(dim=0) / 2
-        masked = F.normalize(masked - center, dim=1)
-        cosine = F.normalize(whole - center, dim=1) @ masked.T  # (B, B)
+        center = (whole + occluded).mean(dim=0) / 2
+        occluded = F.normalize(occluded - center, dim=1)
+        cosine = F.normalize(whole - center, dim=1) @ occluded.T  # (B, B)
     same = cosine.diagonal().mean()
-    different = (cosine.mean() * len(images) - same) / (len(images) - 1)
+    different = (cosine.mean() * len(images) - same) / (len(images) - 1)  # mean off the diagonal
     return {"invariance": same, "different": different, "feature_std": spread}
 
 

@@ -800,7 +800,7 @@ def test_help_names_every_option_and_every_value_out_of_range_is_refused(module,
     assert not list(Path().glob("o/*"))
 
 
-def test_the_label_of_an_embedded_image_is_the_shape_that_is_drawn():
+def test_the_label_of_a_synthetic_image_is_the_shape_that_is_drawn():
     """synthetic_images draws SHAPES[i % 6] in image i."""
     for train in (True, False):
         images = relaxmim.open_data(relaxmim.Config(), train=train)

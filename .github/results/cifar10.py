@@ -46,10 +46,10 @@ def starts(scale, data, photo):
     found["scratch-long"] = None
     found["infonce-photo"] = ["--loss", "infonce", "--data", photo]
     found["mae-photo"] = ["--loss", "mae", "--data", photo]
-    found["infonce-embedded"] = ["--loss", "infonce", "--num-images", "1"]
+    found["infonce-synthetic"] = ["--loss", "infonce", "--num-images", "1"]
     if scale == "laptop":
-        found["infonce-embedded"] = ["--loss", "infonce"]
-        found["mae-embedded"] = ["--loss", "mae"]
+        found["infonce-synthetic"] = ["--loss", "infonce"]
+        found["mae-synthetic"] = ["--loss", "mae"]
         for count in ("10", "1000"):
             for loss in ("infonce", "mae"):
                 found[f"{loss}-{count}"] = [*found[loss], "--num-images", count]

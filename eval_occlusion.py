@@ -35,7 +35,7 @@ FILLS = ("drop", "grey", "swap")  # swap: with the patches of another image
 class Config:
     """What to measure, and on what."""
 
-    checkpoints: tuple = option((), "runs' folders or files of weights", nargs="*")
+    checkpoints: tuple = option((), "runs' folders or files of weights", nargs="*", type=str)
     ratios: str = option("0,0.25,0.5,0.75,0.9", "shares of the patches that are hidden")
     masks: str = option("random,block", f"how they are chosen: {', '.join(mim.MASKS)}")
     fill: str = option("drop", "drop hidden patches, or cover them", choices=FILLS)
@@ -133,7 +133,7 @@ def open_images(config, subjects):
     labelled = any(subject.classes for subject in subjects)
     images = mim.open_data(config, train=False, labelled=labelled)
     count = min(config.num_images, len(images))
-    images = images.subset(mim.choose(len(images), count, config.seed))
+    images = images.sample(count, config.seed)
     if len(images) < 2:
         raise Mistake(f"--data {config.data}: one image; must be two or more")
     for subject in subjects:

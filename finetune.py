@@ -13,7 +13,6 @@ use --validate, which holds out a tenth of the training images and reports on th
 import argparse
 import json
 import math
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -183,14 +182,15 @@ def open_train_and_test(config):
     if len(images.classes) < 2:
         raise Mistake(f"--data {config.data}: needs 2 classes or more, has {images.classes}")
     if config.validate:
-        order = mim.choose(len(images), len(images), seed=0)  # always the same tenth
+        images = images.sample(len(images), seed=0)  # always the same tenth
         tenth = len(images) // 10
         if tenth == 0:
             raise Mistake(f"--validate: needs 10 images or more, --data has {len(images)}")
-        test = images.subset(order[:tenth])
-        images = images.subset(order[tenth:])
-    index = mim.choose(len(images), config.num_labels, config.seed, "--num-labels")
-    return images.subset(index), relabel(test, images.classes, "the training set")
+        index = torch.arange(len(images))
+        test = images.subset(index[:tenth])
+        images = images.subset(index[tenth:])
+    images = images.sample(config.num_labels, config.seed, "--num-labels")
+    return images, relabel(test, images.classes, "the training set")
 
 
 def whole_images(pixels, size):
@@ -250,7 +250,6 @@ def prepare(config):
     kind = "probe" if config.linear_probe else "finetune"
     config.out = config.out or f"runs/{kind}-{name}-on-{Path(config.data).stem}"
     mim.check_values(config)
-    mim.check_sizes(config)
     if config.linear_probe and not config.checkpoint:
         raise Mistake("--linear-probe: needs a checkpoint, whose encoder it freezes")
     return weights
@@ -291,13 +290,11 @@ def train(config):
     mix = v2.RandomChoice(mixes) if mixes else v2.Identity()
     reading = (config.img_size, device, config.workers)  # of the images to report on
     if mim.RANK == 0:
-        print(f"{len(images)} images, {config.steps} steps of {B}, on {device}")
+        print(f"images: {len(images)}, steps: {config.steps}, batch: {B}, device: {device}")
 
     order = islice(mim.batch_order(len(images), B, config.steps, config.seed), first, None)
-    mine = (index[mim.MINE] for index in order)
-    batches = images.batches(mine, device, config.workers, fill=B // mim.WORLD)
-    every = 0.1 if sys.stderr.isatty() else 30  # seconds
-    bar = tqdm(batches, total=config.steps, initial=first, mininterval=every, disable=mim.RANK > 0)
+    batches = images.batches(order, device, config.workers, fill=True)
+    bar = tqdm(batches, total=config.steps, initial=first, mininterval=2, disable=mim.RANK > 0)
     with mim.catch_signals() as received:
         for step, (pixels, labels) in enumerate(bar, first + 1):
             mim.seed_all(config.seed, step)  # everything random is a function of the step
@@ -318,7 +315,7 @@ def train(config):
             is_log_step = last or step == 1 or step % mim.LOG_EVERY == 0
             is_save_step = last or step % config.save_every == 0
             if (is_log_step or is_save_step) and not grad_norm.isfinite():
-                raise Mistake(f"step {step}: not finite; checkpoint kept, try a lower --lr")
+                raise Mistake(f"step {step}: the gradient is not finite; try a lower --lr")
             optimizer.step()
             optimizer.zero_grad()
 

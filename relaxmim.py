@@ -425,11 +425,11 @@ def invariance(encoder, images, visible):
 import argparse
 import io
 import json
-import multiprocessing
 import os
 import signal
 import sys
 import warnings
+from collections import ChainMap
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -438,7 +438,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import distributed
+from torch import distributed, multiprocessing
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.ops import roi_align
@@ -446,9 +446,11 @@ from torchvision.transforms.v2 import functional as tv
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-SHAPES = ["disc", "bar", "trefoil", "cross", "star", "flower"]  # classes of the embedded images
-PIXEL_MEAN = {3: (123.675, 116.28, 103.53), 1: (114.5,)}  # of ImageNet, RGB and grey, 0..255
-PIXEL_STD = {3: (58.395, 57.12, 57.375), 1: (57.6,)}
+SHAPES = ["disc", "bar", "trefoil", "cross", "star", "flower"]  # classes of the synthetic images
+PIXEL_STATS = {  # mean and deviation of ImageNet's pixels, 0..255: RGB, grey
+    3: [(123.675, 58.395), (116.28, 57.12), (103.53, 57.375)],
+    1: [(114.5, 57.6)],
+}
 
 
 class Mistake(Exception):
@@ -485,7 +487,7 @@ def synthetic_images(index, size, seed=0):
 
 
 def find_images(folder, ancestors=()):
-    """Image files below folder. Follows links, but not to an ancestor; skips names like .x."""
+    """Image files below folder. Follows links, but not to an ancestor; skips hidden files."""
     here = os.path.realpath(folder)
     if here in ancestors:
         return []
@@ -501,21 +503,25 @@ def find_images(folder, ancestors=()):
 
 
 def read_image(path, in_chans, side=None):
-    """One file as uint8 (C, H, W), upright; with side, scaled and cropped to (C, side, side)."""
-    with Image.open(path) as image:
-        if image.mode[0] in "IF":
-            raise ValueError(f"pixels of mode {image.mode}; convert them to 8 bits")
-        if side:
-            image.draft(None, (side, side))  # a large JPEG is decoded at 1/2, 1/4 or 1/8
-        ImageOps.exif_transpose(image, in_place=True)
-        image = image.convert("L" if in_chans == 1 else "RGB")
-        if side:
-            image = ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
-        return tv.pil_to_tensor(image)
+    """One file as uint8 (C, H, W), upright; with side, cropped to (C, side, side). None: damaged."""
+    try:
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":
+                raise ValueError(f"pixels of mode {image.mode}; convert them to 8 bits")
+            if side:
+                image.draft(None, (side, side))  # a large JPEG is decoded at 1/2, 1/4 or 1/8
+            ImageOps.exif_transpose(image, in_place=True)
+            image = image.convert("L" if in_chans == 1 else "RGB")
+            if side:
+                image = ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
+            return tv.pil_to_tensor(image)
+    except Exception as error:  # noqa: BLE001 (decoders raise anything)
+        warnings.warn(f"left out {path}: {str(error)[:80]}", stacklevel=1)
+        return None
 
 
 def ignore_signals(worker):
-    """In a worker: Ctrl-C and SIGTERM to the process group are for the training, which saves."""
+    """Let the training process handle Ctrl-C and SIGTERM, not its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -524,7 +530,7 @@ def ignore_signals(worker):
 class Images(Dataset):
     """Images and their labels. Without pixels, names are files, read when needed."""
 
-    names: list
+    names: list  # of files, or numbers
     labels: torch.Tensor  # int64 (n,), index into classes; 0 without labels
     classes: list
     pixels: torch.Tensor | None = None  # uint8 (n, C, H, W)
@@ -540,50 +546,48 @@ class Images(Dataset):
         pixels = None if self.pixels is None else self.pixels[index]
         return replace(self, names=names, labels=self.labels[index], pixels=pixels)
 
-    def __getitem__(self, index):
-        """Read the files of a list of indices: index (b,) and pixels of those that are readable."""
-        good = []
-        pixels = []
-        for i in index:
-            try:
-                pixels.append(read_image(self.names[i], self.in_chans, self.side))
-                good.append(i)
-            except Exception as error:  # noqa: BLE001 (decoders raise anything)
-                warnings.warn(f"left out {self.names[i]}: {str(error)[:80]}", stacklevel=1)
-        return torch.tensor(good), torch.stack(pixels) if pixels else None
+    def sample(self, count, seed, option="--num-images"):
+        """A random subset of count images; 0: all, in order. Raises Mistake."""
+        if count > len(self):
+            raise Mistake(f"{option} {count}: there are {len(self)} images")
+        if count == 0:
+            return self
+        order = np.random.default_rng([seed, 1]).permutation(len(self))
+        return self.subset(torch.from_numpy(order[:count]))
 
-    def read(self, indices, workers=0, fill=0):
-        """For each index (B,) of indices: index (b,), pixels (b, C, H, W) of its readable files.
+    def __getitem__(self, i):
+        """Read a file: i and pixels, or -1 and zeros if it is damaged."""
+        pixels = read_image(self.names[i], self.in_chans, self.side)
+        if pixels is None:
+            return -1, torch.zeros(self.in_chans, self.side, self.side, dtype=torch.uint8)
+        return i, pixels
 
-        fill: readable files of the same batch are repeated until there are so many.
-        """
-        options = {"num_workers": workers, "worker_init_fn": ignore_signals, "batch_size": None}
-        options["pin_memory"] = torch.cuda.is_available()
-        options["generator"] = torch.Generator()  # the global one is for crops and masks
-        options["sampler"] = (index.tolist() for index in indices)
-        for index, pixels in DataLoader(self, **options):
-            if fill and pixels is None:
-                raise Mistake(f"--data: no image of a whole batch can be read; see {self.names[0]}")
-            if 0 < len(index) < fill:
-                again = torch.arange(fill) % len(index)
-                yield index[again], pixels[again]
-            elif len(index) > 0:
-                yield index, pixels
-
-    def batches(self, indices, device, workers=0, fill=0):
+    def batches(self, indices, device, workers=0, fill=False):
         """For each index (B,) of indices: pixels (B, C, H, W), uint8, and labels (B,), on device.
 
-        The pixels of a set of one image are (1, C, H, W). For fill, see read.
+        The pixels of a set of one image are (1, C, H, W). Damaged files are left out; with fill,
+        other images of the batch are repeated in their place.
         """
-        if self.pixels is None:
-            for index, pixels in self.read(indices, workers, fill):
-                yield pixels.to(device, non_blocking=True), self.labels[index].to(device)
+        if self.pixels is not None:
+            pixels = self.pixels.to(device)
+            labels = self.labels.to(device)
+            for index in indices:
+                index = index.to(device, non_blocking=True)
+                yield pixels if len(self) == 1 else pixels[index], labels[index]
             return
-        pixels = self.pixels.to(device)
-        labels = self.labels.to(device)
-        for index in indices:
-            index = index.to(device, non_blocking=True)
-            yield pixels if len(self) == 1 else pixels[index], labels[index]
+        options = {"num_workers": workers, "worker_init_fn": ignore_signals}
+        options["pin_memory"] = torch.cuda.is_available()
+        options["generator"] = torch.Generator()  # the global one is for crops and masks
+        options["batch_sampler"] = (index.tolist() for index in indices)
+        for index, pixels in DataLoader(self, **options):
+            good = (index >= 0).nonzero()[:, 0]
+            if fill and len(good) == 0:
+                raise Mistake(f"--data: no image of a whole batch can be read; see {self.names[0]}")
+            if fill:
+                good = good[torch.arange(len(index)) % len(good)]
+            if len(good) > 0:
+                labels = self.labels[index[good]].to(device)
+                yield pixels.to(device, non_blocking=True)[good.to(device)], labels
 
 
 def find_files(config, train, labelled):
@@ -602,9 +606,8 @@ def find_files(config, train, labelled):
         allowed = "synthetic, cifar10, cifar100, a folder of images or a photograph"
         raise Mistake(f"--data {config.data}: no images found; must be {allowed}")
     owners = [Path(name).relative_to(folder).parts[0] if labelled else "" for name in names]
-    classes = sorted(set(owners))
-    labels = torch.tensor([classes.index(owner) for owner in owners])
-    return Images(names, labels, classes)
+    classes, labels = np.unique(owners, return_inverse=True)
+    return Images(names, torch.from_numpy(labels), classes.tolist())
 
 
 def read_files(images, config):
@@ -613,33 +616,23 @@ def read_files(images, config):
     Files become squares of one to two times the side of a crop, judged by the first one. A single
     photograph keeps its shape; its shorter side is at most 16 crops.
     """
-    images.in_chans = config.in_chans
     n = len(images)
-    _, first = next(images.read(torch.arange(n).split(1)), (None, None))
+    found = (read_image(name, config.in_chans) for name in images.names)
+    first = next((pixels for pixels in found if pixels is not None), None)
     if first is None:
         raise Mistake(f"--data {config.data}: none of {n} images can be read")
-    side = min(first.shape[2:])
+    side = min(first.shape[1:])
     if n == 1:
-        return replace(images, pixels=tv.resize(first, [min(side, 16 * config.img_size)]))
+        return replace(images, pixels=tv.resize(first[None], [min(side, 16 * config.img_size)]))
+    images.in_chans = config.in_chans
     images.side = min(max(side, config.img_size), 2 * config.img_size)
     if n * config.in_chans * images.side**2 > config.cache_gb * 2**30:
         return images
-    pixels = torch.empty(n, config.in_chans, images.side, images.side, dtype=torch.uint8)
-    good = []
-    for index, batch in images.read(torch.arange(n).split(256), config.workers if n > 1000 else 0):
-        pixels[index] = batch  # a copy: what a worker sends holds a file descriptor
-        good += index.tolist()
-    images.pixels = pixels
-    return images.subset(torch.tensor(good))
-
-
-def choose(n, count, seed, option="--num-images"):
-    """Index (count,) of a random subset of n images; count 0: all, in order. Raises Mistake."""
-    if count > n:
-        raise Mistake(f"{option} {count}: there are {n} images")
-    if count == 0:
-        return torch.arange(n)
-    return torch.from_numpy(np.random.default_rng([seed, 1]).permutation(n)[:count])
+    numbered = replace(images, labels=torch.arange(n))  # to learn which files could be read
+    workers = config.workers if n > 1000 else 0
+    batches = numbered.batches(torch.arange(n).split(256), "cpu", workers)
+    pixels, index = map(torch.cat, zip(*batches))
+    return replace(images.subset(index), pixels=pixels)
 
 
 def open_data(config, train=True, labelled=False, count=0):
@@ -648,23 +641,25 @@ def open_data(config, train=True, labelled=False, count=0):
     labelled: a folder has a folder for each class. count: size of a random subset; 0: all.
     """
     if config.data == "synthetic":
-        index = choose(5000 if train else 1000, count, config.seed) + (0 if train else 5000)
-        side = config.img_size if len(index) > 1 else 8 * config.img_size  # crops of all scales
-        pixels = torch.cat([synthetic_images(part.tolist(), side) for part in index.split(100)])
-        images = Images([str(i) for i in index.tolist()], index % 6, SHAPES, pixels)
+        index = torch.arange(5000) if train else torch.arange(5000, 6000)
+        images = Images(index.tolist(), index % 6, SHAPES)
     elif config.data in ("cifar10", "cifar100"):
-        kind = datasets.CIFAR10 if config.data == "cifar10" else datasets.CIFAR100
+        kind = getattr(datasets, config.data.upper())
         try:
             cifar = kind(config.data_dir, train=train, download=True)
         except Exception as error:  # noqa: BLE001 (network, disk or archive)
-            raise Mistake(f"--data {config.data}: cannot be had ({error})") from None
-        names = [str(i) for i in range(len(cifar))]
+            raise Mistake(f"--data {config.data}: cannot be downloaded or read ({error})") from None
         pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2)
-        images = Images(names, torch.tensor(cifar.targets), cifar.classes, pixels)
-        images = images.subset(choose(len(images), count, config.seed))
+        images = Images(range(len(pixels)), torch.tensor(cifar.targets), cifar.classes, pixels)
     else:
         images = find_files(config, train, labelled)
-        return read_files(images.subset(choose(len(images), count, config.seed)), config)
+    images = images.sample(count, config.seed)
+    if config.data == "synthetic":
+        side = config.img_size if len(images) > 1 else 8 * config.img_size  # crops of all scales
+        parts = torch.tensor(images.names).split(100)
+        images.pixels = torch.cat([synthetic_images(part.tolist(), side) for part in parts])
+    elif images.pixels is None:
+        return read_files(images, config)
     if config.in_chans == 1:
         images.pixels = tv.rgb_to_grayscale(images.pixels)
     return images
@@ -672,16 +667,14 @@ def open_data(config, train=True, labelled=False, count=0):
 
 def normalize(images):
     """Standardise images (B, C, H, W) of 0..255 by the mean and deviation of ImageNet's pixels."""
-    C = images.shape[1]  # plain numbers below: a tensor would be copied to the GPU at every step
-    channels = zip(images.unbind(1), PIXEL_MEAN[C], PIXEL_STD[C])
-    return torch.stack([(x - mean) / std for x, mean, std in channels], dim=1)
+    channels = zip(images.unbind(1), PIXEL_STATS[images.shape[1]])  # a tensor would be copied
+    return torch.stack([(x - mean) / std for x, (mean, std) in channels], dim=1)
 
 
 def denormalize(images):
     """The inverse of normalize."""
-    C = images.shape[1]
-    channels = zip(images.unbind(1), PIXEL_MEAN[C], PIXEL_STD[C])
-    return torch.stack([x * std + mean for x, mean, std in channels], dim=1)
+    channels = zip(images.unbind(1), PIXEL_STATS[images.shape[1]])
+    return torch.stack([x * std + mean for x, (mean, std) in channels], dim=1)
 
 
 def random_crops(images, size, draws, smallest=0.2):
@@ -724,14 +717,14 @@ def jitter_colors(images, draws):
 
 
 def batch_order(n, batch_size, steps, seed):
-    """An index (batch_size,) for each step. Every epoch takes each of the n images once."""
+    """An index for each step: this process's rows of the batch. Every epoch takes each of n once."""
     generator = torch.Generator().manual_seed(seed)
     waiting = torch.zeros(0, dtype=torch.int64)
     for _ in range(steps):
         if len(waiting) < batch_size:
             epochs = torch.rand(math.ceil(batch_size / n), n, generator=generator).argsort(dim=1)
             waiting = torch.cat([waiting, epochs.flatten()])
-        yield waiting[:batch_size]
+        yield waiting[:batch_size][MINE]
         waiting = waiting[batch_size:]
 
 
@@ -746,6 +739,7 @@ SIZES = {  # --model: width, depth, heads
     "huge": (1280, 32, 16),
 }
 PRECISIONS = ("auto", "float32", "bfloat16")
+LOSSES = ChainMap(SIMILARITIES, {"crop": CropContrast})  # --loss; it sees what is added later
 
 
 def option(default, help, **settings):
@@ -757,7 +751,7 @@ def option(default, help, **settings):
 class Config:
     """Every hyperparameter of pretraining."""
 
-    loss: str = option("infonce", f"similarity: {', '.join(SIMILARITIES)}; or crop")
+    loss: str = option("infonce", "similarity, or crop", choices=LOSSES)
     mask: str = option("random", "which patches are hidden", choices=MASKS)
     mask_ratio: float = option(0.75, "share of hidden patches")
     norm_pix: bool = option(True, "mae, relax: normalise every target patch")
@@ -771,7 +765,7 @@ class Config:
     img_size: int = option(32, "side of a crop in pixels")
     in_chans: int = option(3, "3: RGB, 1: grey", choices=(3, 1))
     data_dir: str = option("data", "where torchvision keeps its data sets")
-    cache_gb: float = option(1.0, "a folder that needs more memory is streamed (GiB)")
+    cache_gb: float = option(1.0, "GiB of memory for a folder; a larger one is streamed")
     workers: int = option(2, "number of processes that read files")
     steps: int = option(300, "number of optimizer steps")
     batch_size: int = option(128, "images in a step, over all processes")
@@ -787,65 +781,43 @@ class Config:
 
 
 def parse(cls, description, args):
-    """An instance of cls, a dataclass of options, from the command line. Raises Mistake."""
-
-    def refuse(message):
-        raise Mistake(message)
-
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=form)
-    parser.allow_abbrev = False
-    parser.usage = "%(prog)s [options]"
-    parser.error = refuse
+    """An instance of cls, a dataclass of options, from the command line."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.usage = argparse.SUPPRESS  # so that an error is one line
     for f in fields(cls):
-        settings = {"default": f.default, **f.metadata}
-        name = f.name if "nargs" in settings else "--" + f.name.replace("_", "-")
-        if f.type is bool:
-            settings["action"] = argparse.BooleanOptionalAction
-        elif "nargs" not in settings:
-            settings["type"] = f.type
-        parser.add_argument(name, **settings)
+        name = f.name if "nargs" in f.metadata else "--" + f.name.replace("_", "-")
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        parser.add_argument(name, default=f.default, **{**kind, **f.metadata})
     return cls(**vars(parser.parse_args(args)))
 
 
 def check_values(config):
-    """Raise Mistake for a number out of range, or a name that is not known. For all scripts."""
-    limits = {"img_size": (1, 4096), "decoder_depth": (1, 64), "workers": (0, 256)}
-    limits.update(mask_ratio=(0, 1), layer_decay=(1e-12, 1), smallest_crop=(1e-12, 1))
-    limits.update(drop_path=(0, 0.99), label_smoothing=(0, 0.99))
-    limits.update(lr=(1e-12, 1e9), temperature=(1e-12, 1e9))
-    for name in ("steps", "save_every", "batch_size", "patch_size", "mask_seeds"):
-        limits[name] = (1, 1e9)
+    """Raise Mistake for a value out of range, or a size that does not fit. For all scripts."""
+    at_least_1 = ("steps", "save_every", "batch_size", "img_size", "patch_size", "mask_seeds")
+    shares = ("mask_ratio", "layer_decay", "smallest_crop", "drop_path", "label_smoothing")
+    highest = {"img_size": 4096, "workers": 256, "decoder_depth": 64, **dict.fromkeys(shares, 1)}
     for f in fields(config):
         value = getattr(config, f.name)
-        low, high = limits.get(f.name, (0, 1e9))
         given = f"--{f.name.replace('_', '-')} {value}"
+        low = 1 if f.name in at_least_1 else 0
+        high = highest.get(f.name, 1e9)
         if f.type in (int, float) and not low <= value <= high:
-            raise Mistake(f"{given}: must be from {low:g} to {high:g}")
+            raise Mistake(f"{given}: must be from {low} to {high:g}")
         if value not in f.metadata.get("choices", [value]):
             raise Mistake(f"{given}: must be one of {', '.join(map(str, f.metadata['choices']))}")
-
-
-def check_sizes(config):
-    """Raise Mistake for sizes that do not go together, in pretraining and in fine-tuning."""
-    if config.img_size % config.patch_size:
-        raise Mistake(f"--patch-size {config.patch_size}: must divide --img-size {config.img_size}")
-    if config.batch_size % WORLD or config.batch_size < 2 * WORLD:
-        limits = f"must be 2 or more for each of {WORLD} processes, the same for all"
-        raise Mistake(f"--batch-size {config.batch_size}: {limits}")
+        if f.name == "patch_size" and config.img_size % value:
+            raise Mistake(f"{given}: must divide --img-size {config.img_size}")
+        if f.name == "batch_size" and (value % WORLD or value < 2 * WORLD):
+            raise Mistake(f"{given}: must be a multiple of {WORLD}, at least {2 * WORLD}")
 
 
 def check(config):
     """Raise Mistake for what cannot be pretrained."""
     check_values(config)
-    check_sizes(config)
-    losses = (*SIMILARITIES, "crop")
-    if config.loss not in losses:
-        raise Mistake(f"--loss {config.loss}: must be one of {', '.join(losses)}")
     N = (config.img_size // config.patch_size) ** 2
-    least = 2 if config.loss == "infonce" else 1  # InfoNCE needs a negative
-    if not least <= round(config.mask_ratio * N) < N:
-        limits = f"must hide at least {least} and not all of {N} patches"
+    if not 2 <= round(config.mask_ratio * N) < N:
+        limits = f"must hide at least 2 and not all of {N} patches"
         raise Mistake(f"--mask-ratio {config.mask_ratio}: {limits}")
 
 
@@ -954,8 +926,7 @@ def writing(path):
     try:
         yield
     except OSError as error:
-        reason = f"{error.strerror}; the last checkpoint stays"
-        raise Mistake(f"--out: cannot write {path} ({reason})") from None
+        raise Mistake(f"--out: cannot write {path} ({error.strerror})") from None
 
 
 def write_text(path, text, mode="w"):
@@ -980,7 +951,7 @@ def load_checkpoint(path):
     """A dict of tensors, numbers and strings. Nothing in the file is executed. Raises Mistake."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 (torch, zip and pickle have their own)
+    except Exception as error:  # noqa: BLE001 (torch, zip and pickle raise their own)
         reason = str(error).split("\n")[0][:100] or type(error).__name__
         raise Mistake(f"{path}: cannot be loaded ({reason})") from None
 
@@ -991,20 +962,17 @@ def start_run(config):
     if not config.resume:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        stale = {"config.json", "images.txt", "log.jsonl", "checkpoint.tmp"}  # never saved
-        if not {path.name for path in folder.iterdir()} <= stale:
-            raise Mistake(f"--out {folder}: not empty; add --resume, or choose another folder")
+        if (folder / "checkpoint.pt").exists():
+            raise Mistake(f"--out {folder}: has a run; add --resume, or choose another folder")
         return {}
     content = load_checkpoint(folder / "checkpoint.pt")
-    if not {"config", "step", "log", "optimizer"} <= set(content):
-        raise Mistake(f"--out {folder}: its checkpoint.pt is not that of a run")
-    before = content["config"]
+    before = content.get("config", {})
     for name, value in asdict(config).items():
         if name not in MAY_CHANGE and before.get(name) != value:
             given = f"--{name.replace('_', '-')} {value}"
-            raise Mistake(f"{given}: the run to resume has {before.get(name)}")
+            raise Mistake(f"{given}: the run has {before.get(name)}")
     if content["step"] > config.steps:
-        raise Mistake(f"--steps {config.steps}: the run has {content['step']} already")
+        raise Mistake(f"--steps {config.steps}: the run is at step {content['step']} already")
     if before["steps"] != config.steps:
         warnings.warn(f"--steps was {before['steps']}: the learning rate follows the new end")
     return content
@@ -1042,14 +1010,13 @@ def save_picture(path, rows, columns=()):
 
 
 @torch.no_grad()
-def draw(model, crops, visible, hidden, path):
-    """Write a picture of crops (B, C, H, W) of 0..255: masked, reconstructed, and their features.
+def draw(model, images, visible, hidden, path):
+    """Write a picture of images (B, C, H, W): masked, reconstructed, and their features.
 
     Colours are the first three principal components of the tokens. With norm_pix, reconstructed
     patches get the mean and deviation of the originals.
     """
     encoder = model.encoder
-    images = normalize(crops)
     x = patchify(images, encoder.patch_size)  # (B, N, P)
     target = gather_tokens(x, hidden)  # (B, K, P)
     z1 = encoder(images, visible)  # (B, 1 + V, D)
@@ -1076,20 +1043,11 @@ def draw(model, crops, visible, hidden, path):
     save_picture(path, rows)
 
 
-def build(config):
-    """The model that config asks for, with new weights: a RelaxMIM, or a CropContrast."""
-    encoder = ViT(config.img_size, config.patch_size, config.in_chans, *SIZES[config.model])
-    if config.loss == "crop":
-        return CropContrast(encoder, config.temperature)
-    names = ("loss", "mask_ratio", "decoder_depth", "norm_pix", "relax_weight", "temperature")
-    return RelaxMIM(encoder, **{name: getattr(config, name) for name in names})
-
-
 def train(config):
     """Pretrain. Returns the last line of the log, a dict. Raises Mistake."""
     check(config)
-    count = f"-{config.num_images}" if config.num_images else ""
-    config.out = config.out or f"runs/{config.loss}-{Path(config.data).stem}{count}"
+    suffix = f"-{config.num_images}" if config.num_images else ""
+    config.out = config.out or f"runs/{config.loss}-{Path(config.data).stem}{suffix}"
     folder = Path(config.out)
     B = config.batch_size
     device, autocast = pick_device(config)
@@ -1100,7 +1058,12 @@ def train(config):
     write_start(config, dataset, log)
 
     seed_all(config.seed, 2**32)
-    model = build(config).to(device)
+    encoder = ViT(config.img_size, config.patch_size, config.in_chans, *SIZES[config.model])
+    if config.loss == "crop":
+        model = CropContrast(encoder, config.temperature).to(device)
+    else:
+        names = ("loss", "mask_ratio", "decoder_depth", "norm_pix", "relax_weight", "temperature")
+        model = RelaxMIM(encoder, **{name: getattr(config, name) for name in names}).to(device)
     groups = decay_groups(model.parameters(), config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
     parts = {**dict(model.named_children()), "optimizer": optimizer}  # saved one by one
@@ -1108,25 +1071,23 @@ def train(config):
         if resumed:
             part.load_state_dict(resumed[name])
     net = wrap(model, config, device)
-    draw_mask = partial(MASKS[config.mask], grid=model.encoder.grid, ratio=config.mask_ratio)
+    sample_mask = partial(MASKS[config.mask], grid=encoder.grid, ratio=config.mask_ratio)
 
     seed_all(config.seed, 2**32 + 1)  # 64 fixed crops and masks to measure invariance on
     index = torch.randperm(max(64, len(dataset)))[:64] % len(dataset)
-    pixels, _ = next(dataset.batches([index], device, fill=64))
-    crops = random_crops(pixels, config.img_size, torch.rand(64, 5, device=device))
-    visible, hidden = draw_mask(64, device=device)
-    probe = (model.encoder, normalize(crops), visible)
-    picture = (crops[:8], visible[:8], hidden[:8], folder / "views.png")
+    pixels, _ = next(dataset.batches([index], device, fill=True))
+    images = normalize(random_crops(pixels, config.img_size, torch.rand(64, 5, device=device)))
+    visible, hidden = sample_mask(64, device=device)
+    probe = (encoder, images, visible)
+    picture = (images[:8], visible[:8], hidden[:8], folder / "views.png")
     claim = "cosine of whole and masked images {invariance:.3f}, of different ones {different:.3f}"
     if RANK == 0:
-        print(f"{len(dataset)} images, {config.steps} steps of {B}, on {device}")
+        print(f"images: {len(dataset)}, steps: {config.steps}, batch: {B}, device: {device}")
         print("at the start:", claim.format(**invariance(*probe)))
 
     order = islice(batch_order(len(dataset), B, config.steps, config.seed), first, None)
-    mine = (index[MINE] for index in order)
-    batches = dataset.batches(mine, device, config.workers, fill=B // WORLD)
-    every = 0.1 if sys.stderr.isatty() else 30  # seconds
-    bar = tqdm(batches, total=config.steps, initial=first, mininterval=every, disable=RANK > 0)
+    batches = dataset.batches(order, device, config.workers, fill=True)
+    bar = tqdm(batches, total=config.steps, initial=first, mininterval=2, disable=RANK > 0)
     with catch_signals() as received:
         for step, (pixels, _) in enumerate(bar, first + 1):
             seed_all(config.seed, step)  # everything random in a step is a function of its number
@@ -1134,15 +1095,17 @@ def train(config):
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
 
-            view = random_crops(pixels, config.img_size, torch.rand(B, 5, device=device)[MINE])
+            draws = torch.rand(B, 5, device=device)[MINE]
+            crops = random_crops(pixels, config.img_size, draws)
             if config.loss == "crop":
-                view2 = random_crops(pixels, config.img_size, torch.rand(B, 5, device=device)[MINE])
-                view = jitter_colors(view, torch.rand(B, 4, device=device)[MINE])
-                view2 = jitter_colors(view2, torch.rand(B, 4, device=device)[MINE])
-                inputs = (normalize(view), normalize(view2))
+                draws = torch.rand(B, 5, device=device)[MINE]
+                crops2 = random_crops(pixels, config.img_size, draws)
+                crops = jitter_colors(crops, torch.rand(B, 4, device=device)[MINE])
+                crops2 = jitter_colors(crops2, torch.rand(B, 4, device=device)[MINE])
+                inputs = (normalize(crops), normalize(crops2))
             else:
-                visible, hidden = draw_mask(B, device=device)
-                inputs = (normalize(view), visible[MINE], hidden[MINE])
+                visible, hidden = sample_mask(B, device=device)
+                inputs = (normalize(crops), visible[MINE], hidden[MINE])
             with autocast:
                 loss, metrics = net(*inputs)
             loss.backward()
@@ -1151,7 +1114,7 @@ def train(config):
             is_log_step = last or step == 1 or step % LOG_EVERY == 0
             is_save_step = last or step % config.save_every == 0
             if (is_log_step or is_save_step) and not grad_norm.isfinite():
-                raise Mistake(f"step {step}: not finite; checkpoint kept, try a lower --lr")
+                raise Mistake(f"step {step}: the gradient is not finite; try a lower --lr")
             optimizer.step()
             optimizer.zero_grad()
 

@@ -379,7 +379,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(photos, monkeypa
     log.unlink()
     log.touch()
     Path("run", "checkpoint.tmp").symlink_to("/dev/full")
-    mistake("run.*last checkpoint stays", relaxmim.main, *options, "run", "--resume")
+    mistake("cannot write run.checkpoint.pt", relaxmim.main, *options, "run", "--resume")
     assert load("run")["step"] == 19
     Path("other").mkdir()
     Path("other", "images.txt").symlink_to("/dev/full")
@@ -421,8 +421,8 @@ def test_a_finished_run_is_extended_but_not_overwritten_or_changed(photos, mista
         Path("run", name).write_text("half a li")  # it stopped before its first checkpoint
     call(relaxmim.main, *run)
     call(finetune.main, *tuned)
-    mistake("--out run: not empty.*--resume", relaxmim.main, *run)
-    mistake("--out tuned: not empty.*--resume", finetune.main, *tuned)
+    mistake("--out run: has a run.*--resume", relaxmim.main, *run)
+    mistake("--out tuned: has a run.*--resume", finetune.main, *tuned)
     mistake("--lr 0.5.* 0.0015", relaxmim.main, *run, "--resume", "--lr", 0.5)
     mistake("--cache-gb 0.0.* 1.0", relaxmim.main, *run, "--resume", "--cache-gb", 0)
     mistake("--steps 1:.* 12", relaxmim.main, *run, "--resume", "--steps", 1)
@@ -749,7 +749,7 @@ def test_from_python_a_mistake_is_raised_and_the_result_is_returned():
     assert result["images"] == 1000
     assert load(tuning.out)["classes"] == relaxmim.SHAPES
     assert len(set(Path(tuning.out, "images.txt").read_text().split())) == 20
-    with pytest.raises(relaxmim.Mistake, match="--out .*not empty"):
+    with pytest.raises(relaxmim.Mistake, match="--out .*has a run"):
         relaxmim.train(config)
 
 

@@ -85,8 +85,7 @@ def grid_mask(batch, grid, ratio, generator=None, device=None):
     row, col = patch_coords(grid, device)
     odd_row = (row + shift[0]) % 2  # (B, N)
     odd_col = (col + shift[1]) % 2
-    rank = 2 * odd_row + (odd_row != odd_col)  # 0 to 3 in every 2 x 2; 3 stays visible longest
-    return hide_lowest(rank + ties, ratio)
+    return hide_lowest(2 * odd_row + (odd_row != odd_col) + ties, ratio)  # 3 + ties: hidden last
 
 
 def mask_indices(mask):
@@ -469,18 +468,18 @@ def synthetic_images(index, size, seed=0):
     x = torch.linspace(-1, 1, size)
     images = draws[:, 0, 5:].expand(-1, -1, size, size)
     for layer in range(1, 26):
-        left, top, turn, small, thin = draws[:, layer, :5].unbind(1)  # (n, 1, 1) each
+        u_x, u_y, u_turn, u_radius, u_depth = draws[:, layer, :5].unbind(1)  # (n, 1, 1) each
         spread = 2.4
         petals = 2
-        radius = 0.13 / (1 - 0.95 * small).sqrt()
+        radius = 0.13 / (1 - 0.95 * u_radius).sqrt()
         if layer == 23:  # the object, behind the last two leaves
             spread = 0.8
             petals = torch.tensor([0, 2, 3, 4, 5, 6])[torch.tensor(index) % 6][:, None, None]
-            radius = 0.4 + 0.2 * small
-        dx = x - spread * (left - 0.5)
-        dy = y - spread * (top - 0.5)
-        angle = torch.atan2(dy, dx) + 2 * math.pi * turn
-        edge = radius * (1 + (0.2 + 0.3 * thin) * (petals * angle).cos())
+            radius = 0.4 + 0.2 * u_radius
+        dx = x - spread * (u_x - 0.5)
+        dy = y - spread * (u_y - 0.5)
+        angle = torch.atan2(dy, dx) + 2 * math.pi * u_turn
+        edge = radius * (1 + (0.2 + 0.3 * u_depth) * (petals * angle).cos())
         alpha = (edge - torch.hypot(dx, dy)) * size / 2 + 0.5  # 1 inside, 0 outside
         images = torch.lerp(images, draws[:, layer, 5:], alpha.clamp(0, 1)[:, None])
     return (images * 255).round().byte()
@@ -667,7 +666,8 @@ def open_data(config, train=True, labelled=False, count=0):
 
 def normalize(images):
     """Standardise images (B, C, H, W) of 0..255 by the mean and deviation of ImageNet's pixels."""
-    channels = zip(images.unbind(1), PIXEL_STATS[images.shape[1]])  # a tensor would be copied
+    # with plain numbers: tensors would be copied to the device every time
+    channels = zip(images.unbind(1), PIXEL_STATS[images.shape[1]])
     return torch.stack([(x - mean) / std for x, (mean, std) in channels], dim=1)
 
 
@@ -717,7 +717,7 @@ def jitter_colors(images, draws):
 
 
 def batch_order(n, batch_size, steps, seed):
-    """An index for each step: this process's rows of the batch. Every epoch takes each of n once."""
+    """Per step, the index (batch_size / WORLD,) of this process. An epoch takes each of n once."""
     generator = torch.Generator().manual_seed(seed)
     waiting = torch.zeros(0, dtype=torch.int64)
     for _ in range(steps):

@@ -40,7 +40,7 @@ class Config:
     model: str = option("", "size of the encoder; from scratch: nano", choices=["", *mim.SIZES])
     patch_size: int = option(0, "side of a patch in pixels; from scratch: 4")
     img_size: int = option(0, "side of an image in pixels; from scratch: 32")
-    in_chans: int = option(0, "3: RGB, 1: grey; from scratch: 3")
+    in_chans: int = option(0, "3: RGB, 1: grey; from scratch: 3", choices=(0, 1, 3))
     data_dir: str = option("data", "where torchvision keeps its data sets")
     cache_gb: float = option(1.0, "GiB of memory for a folder; a larger one is streamed")
     workers: int = option(2, "number of processes that read files")

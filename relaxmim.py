@@ -24,7 +24,7 @@ Every norm is a mean over elements. As a target, x is normalised per patch by de
 Contents: Masks, Model, Similarities, RelaxMIM, CropContrast, invariance; and to train them: Data,
 Config, Training, main. The form of (2) to (6) and every number are our choice, not the paper's.
 
-    python relaxmim.py --loss infonce --num-images 1    one synthetic image: 2 minutes on 2 CPU cores
+    python relaxmim.py --loss infonce --num-images 1    one synthetic image: 2 minutes on 2 cores
     python relaxmim.py --loss mae --data cifar10        or a folder of images, or one photograph
     python relaxmim.py --loss crop                      (1) with T = crop and colour, to compare
 """
@@ -502,7 +502,7 @@ def find_images(folder, ancestors=()):
 
 
 def read_image(path, in_chans, side=None):
-    """One file as uint8 (C, H, W), upright; with side, cropped to (C, side, side). None: damaged."""
+    """A file as uint8 (C, H, W), upright; with side, cropped to (C, side, side). None: damaged."""
     try:
         with Image.open(path) as image:
             if image.mode[0] in "IF":

@@ -768,6 +768,7 @@ def test_from_python_a_mistake_is_raised_and_the_result_is_returned():
         ("relaxmim.py --resume --out nothing", "nothing/checkpoint.pt"),
         ("finetune.py nothing", "nothing"),
         ("finetune.py --linear-probe", "--linear-probe: .*checkpoint"),
+        ("finetune.py --in-chans 2", "--in-chans.*0, 1, 3"),
         ("finetune.py --data nowhere", "--data nowhere: .*test"),
         ("eval_occlusion.py", "checkpoints: name"),
         ("eval_occlusion.py nothing", "nothing"),

@@ -153,7 +153,7 @@ def occlude(images, visible, hidden, patch_size, fill):
     patches = mim.patchify(images, patch_size)
     other = patches.roll(1, 0) if fill == "swap" else torch.zeros_like(patches)
     index = hidden[..., None].expand(-1, -1, patches.shape[2])
-    patches = patches.scatter(1, index, other.gather(1, index))
+    patches = patches.scatter(1, index, mim.gather_tokens(other, hidden))
     grid = [side // patch_size for side in images.shape[2:]]
     return mim.unpatchify(patches, grid, patch_size), None
 
@@ -232,10 +232,11 @@ def accuracy_table(config, subjects, ratios, mask):
 def block_features(model, images, visible):
     """The mean patch token after each block, float64: (B, depth, D)."""
     found = []
-    hooks = [
-        block.register_forward_hook(lambda block, inputs, x: found.append(x[:, 1:].mean(dim=1)))
-        for block in model.blocks
-    ]
+
+    def keep(block, inputs, tokens):
+        found.append(tokens[:, 1:].mean(dim=1))
+
+    hooks = [block.register_forward_hook(keep) for block in model.blocks]
     model(images, visible)
     for hook in hooks:
         hook.remove()
@@ -246,7 +247,8 @@ def cka(a, b):
     """Linear centred kernel alignment of features (n, D), (n, E): 0..1 (Kornblith et al., 2019)."""
     a = a - a.mean(dim=0)
     b = b - b.mean(dim=0)
-    return ((a.T @ b).norm() ** 2 / ((a.T @ a).norm() * (b.T @ b).norm())).item()
+    scale = (a.T @ a).norm() * (b.T @ b).norm()
+    return ((a.T @ b).norm() ** 2 / scale).item()
 
 
 def cosine(a, b):
@@ -285,7 +287,8 @@ def shape_bias(config, subject):
     known = [SYNONYMS.get(name, name) for name in subject.classes]
     names, cues = [], []
     for name in mim.find_images(config.cue_conflict):
-        cue = [SYNONYMS.get(word, word) for word in re.findall("[a-z]+", Path(name).stem.lower())]
+        words = re.findall("[a-z]+", Path(name).stem.lower())
+        cue = [SYNONYMS.get(word, word) for word in words]
         if len(set(cue)) == 2 and set(cue) <= set(known):
             names.append(name)
             cues.append([known.index(word) for word in cue])

@@ -55,7 +55,8 @@ def hide_lowest(score, ratio):
     """Hide the round(ratio * N) patches of each image with the lowest score (B, N)."""
     num_hidden = round(ratio * score.shape[1])
     order = score.argsort(dim=1)
-    return order[:, num_hidden:].sort(dim=1).values, order[:, :num_hidden].sort(dim=1).values
+    hidden, visible = order.tensor_split([num_hidden], dim=1)
+    return visible.sort(dim=1).values, hidden.sort(dim=1).values
 
 
 def random_mask(batch, grid, ratio, generator=None, device=None):
@@ -93,8 +94,7 @@ def mask_indices(mask):
     num_hidden = mask.sum(dim=1)
     if (num_hidden != num_hidden[0]).any():
         raise ValueError("a mask must hide the same number of patches in every image")
-    order = mask.byte().argsort(dim=1, stable=True)
-    return order.tensor_split([mask.shape[1] - int(num_hidden[0])], dim=1)
+    return hide_lowest((~mask).byte(), num_hidden[0].item() / mask.shape[1])
 
 
 MASKS = {"random": random_mask, "block": block_mask, "grid": grid_mask}  # --mask
@@ -794,7 +794,7 @@ def parse(cls, description, args):
 
 def check_values(config):
     """Raise Mistake for a value out of range, or a size that does not fit. For all scripts."""
-    at_least_1 = ("steps", "save_every", "batch_size", "img_size", "patch_size", "mask_seeds")
+    at_least_1 = ("steps", "save_every", "img_size", "patch_size", "mask_seeds")
     shares = ("mask_ratio", "layer_decay", "smallest_crop", "drop_path", "label_smoothing")
     highest = {"img_size": 4096, "workers": 256, "decoder_depth": 64, **dict.fromkeys(shares, 1)}
     for f in fields(config):
@@ -804,6 +804,8 @@ def check_values(config):
         high = highest.get(f.name, 1e9)
         if f.type in (int, float) and not low <= value <= high:
             raise Mistake(f"{given}: must be from {low} to {high:g}")
+        if f.name in ("lr", "temperature") and value == 0:
+            raise Mistake(f"{given}: must be more than 0")
         if value not in f.metadata.get("choices", [value]):
             raise Mistake(f"{given}: must be one of {', '.join(map(str, f.metadata['choices']))}")
         if f.name == "patch_size" and config.img_size % value:
@@ -1033,12 +1035,13 @@ def draw(model, images, visible, hidden, path):
         rows[label] = (pixels / 255).expand(-1, 3, -1, -1)
     whole = encoder(images)[:, 1:]  # (B, N, D)
     center = whole.mean(dim=0, keepdim=True)  # (1, N, D)
-    masked = center.repeat(len(x), 1, 1)
-    masked = masked.scatter(1, visible[..., None].expand_as(z1[:, 1:]), z1[:, 1:])
+    index = visible[..., None].expand_as(z1[:, 1:])
+    occluded = center.repeat(len(x), 1, 1).scatter(1, index, z1[:, 1:])
     _, _, axes = torch.linalg.svd((whole - center).flatten(0, 1), full_matrices=False)
-    for label, tokens in (("features of the image", whole), ("of its visible patches", masked)):
+    for label, tokens in (("features of the image", whole), ("of its visible patches", occluded)):
         colors = (tokens - center) @ axes[:3].T  # (B, N, 3)
-        colors = (colors / (4 * colors.std(dim=(0, 1))) + 0.5).mT.unflatten(2, encoder.grid)
+        colors = colors / (4 * colors.std(dim=(0, 1))) + 0.5  # mostly in 0..1
+        colors = colors.mT.unflatten(2, encoder.grid)  # (B, 3, rows, cols)
         rows[label] = F.interpolate(colors, scale_factor=encoder.patch_size)
     save_picture(path, rows)
 

@@ -435,6 +435,15 @@ def test_a_finished_run_is_extended_but_not_overwritten_or_changed(photos, mista
     assert read_log("run")[-1]["lr"] == relaxmim.learning_rate(16, relaxmim.Config(steps=17))
 
 
+def test_a_run_is_not_resumed_on_other_images(mistake):
+    save_images("set", "cat", 8)
+    run = ["--data", "set", *TINY, "--out", "run"]
+    call(relaxmim.main, *run)
+    save_images("set", "cat", 1, first=20)
+    mistake("--data set: not the images", relaxmim.main, *run, "--resume", "--steps", 4)
+    assert load("run")["step"] == 2
+
+
 def test_two_processes_of_half_the_batch_are_one_of_the_whole(photos):
     options = {"img_size": 16, "batch_size": 8, "steps": 2, "precision": "float32"}
     options["data"] = str(photos)
@@ -760,6 +769,8 @@ def test_from_python_a_mistake_is_raised_and_the_result_is_returned():
         ("relaxmim.py --mask-ratio 1", "--mask-ratio 1.*not all"),
         ("relaxmim.py --mask-ratio 0.02", "--mask-ratio 0.02: .*2"),
         ("relaxmim.py --batch-size 1", "--batch-size 1: .*2"),
+        ("relaxmim.py --temperature 0", "--temperature 0.0: must be more than 0"),
+        ("finetune.py --lr 0", "--lr 0.0: must be more than 0"),
         ("relaxmim.py --patch-size 5", "--patch-size 5: .*32"),
         ("relaxmim.py --in-chans 2", "--in-chans.*3, 1"),
         ("relaxmim.py --num-images 5001", "--num-images 5001: .*5000"),

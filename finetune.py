@@ -311,7 +311,8 @@ def train(config):
             loss = F.cross_entropy(logits, target, label_smoothing=config.label_smoothing)
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 3.0)
-            last = step == config.steps or len(received) > 0
+            stopped = len(received) > 0
+            last = stopped or step == config.steps
             is_log_step = last or step == 1 or step % mim.LOG_EVERY == 0
             is_save_step = last or step % config.save_every == 0
             if (is_log_step or is_save_step) and not grad_norm.isfinite():
@@ -336,7 +337,7 @@ def train(config):
                 content["encoder"] = model.state_dict()
                 content["optimizer"] = optimizer.state_dict()
                 mim.save_checkpoint(folder, content)
-            if last:
+            if stopped:
                 break
     bar.close()
     if log[-1]["step"] < config.steps:

@@ -1113,7 +1113,8 @@ def train(config):
                 loss, metrics = net(*inputs)
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 3.0)
-            last = step == config.steps or len(received) > 0
+            stopped = len(received) > 0
+            last = stopped or step == config.steps
             is_log_step = last or step == 1 or step % LOG_EVERY == 0
             is_save_step = last or step % config.save_every == 0
             if (is_log_step or is_save_step) and not grad_norm.isfinite():
@@ -1136,7 +1137,7 @@ def train(config):
                 content = {"config": asdict(config), "step": step, "log": log}
                 content.update({name: part.state_dict() for name, part in parts.items()})
                 save_checkpoint(folder, content)
-            if last:
+            if stopped:
                 break
     bar.close()
     if log[-1]["step"] < config.steps:

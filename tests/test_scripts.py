@@ -444,6 +444,13 @@ def test_a_run_is_not_resumed_on_other_images(mistake):
     assert load("run")["step"] == 2
 
 
+def test_the_progress_bar_ends_at_the_last_step(photos, capfd):
+    call(relaxmim.main, "--data", photos, *TINY, "--out", "run")
+    assert "| 2/2 [" in capfd.readouterr().err.splitlines()[-1]
+    call(finetune.main, "run", "--data", photos, "--steps", 3, "--batch-size", 4, "--out", "tuned")
+    assert "| 3/3 [" in capfd.readouterr().err.splitlines()[-1]
+
+
 def test_two_processes_of_half_the_batch_are_one_of_the_whole(photos):
     options = {"img_size": 16, "batch_size": 8, "steps": 2, "precision": "float32"}
     options["data"] = str(photos)

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -442,6 +443,30 @@ def test_a_run_is_not_resumed_on_other_images(mistake):
     save_images("set", "cat", 1, first=20)
     mistake("--data set: not the images", relaxmim.main, *run, "--resume")
     assert load("run")["step"] == 2
+
+
+def test_every_step_draws_crops_and_masks_of_its_own(photos, monkeypatch):
+    crops, masks = [], []
+    cut, hide = relaxmim.random_crops, relaxmim.random_mask
+
+    def record_crops(images, size, draws, *smallest):
+        crops.append(draws)
+        return cut(images, size, draws, *smallest)
+
+    def record_masks(*args, **options):
+        masks.append(hide(*args, **options))
+        return masks[-1]
+
+    monkeypatch.setattr(relaxmim, "random_crops", record_crops)
+    monkeypatch.setitem(relaxmim.MASKS, "random", record_masks)
+    options = {"data": str(photos), "img_size": 16, "batch_size": 4, "steps": 3}
+    relaxmim.train(relaxmim.Config(out="run", **options))
+    finetune.train(finetune.Config(out="tuned", **options))
+    assert len(crops) == 1 + 3 + 3  # the first: to measure invariance on
+    assert len(masks) == 1 + 3
+    for drawn in (crops[1:4], crops[4:], [hidden for _, hidden in masks[1:]]):
+        for a, b in itertools.combinations(drawn, 2):
+            assert not torch.equal(a, b)
 
 
 def test_the_progress_bar_ends_at_the_last_step(photos, capfd):

@@ -469,6 +469,74 @@ def test_every_step_draws_crops_and_masks_of_its_own(photos, monkeypatch):
             assert not torch.equal(a, b)
 
 
+ELSEWHERE = {"loss", "data_dir", "cache_gb", "workers", "out", "resume", "save_every"}
+ELSEWHERE |= {"device", "compile", "checkpoint", "linear_probe"}
+
+
+def check_options(module, base, values):
+    """Every option of a script, other than those tested elsewhere, changes its second step."""
+
+    def second_step(out, **options):
+        module.train(module.Config(out=out, **options))
+        record = read_log(out)[-1]
+        return record["loss"], record["grad_norm"]
+
+    names = {f.name for f in dataclasses.fields(module.Config)}
+    assert names - ELSEWHERE == set(values)
+    before = second_step("before", **base)
+    for name, value in values.items():
+        assert second_step(name, **{**base, name: value}) != before, name
+
+
+SHARED = {"data": "synthetic", "model": "tiny", "patch_size": 8, "img_size": 32, "in_chans": 1}
+SHARED |= {"steps": 3, "batch_size": 4, "lr": 0.01, "weight_decay": 0.5, "seed": 1}
+SHARED["precision"] = "bfloat16"
+
+
+def test_no_option_of_pretraining_does_nothing(photos, monkeypatch):
+    def relax_and_tau(model, *args):
+        loss, metrics = relaxmim.relax(model, *args)
+        return loss / model.temperature, metrics
+
+    both = relaxmim.Similarity(relax_and_tau, "pixels", second_decoder=True)
+    monkeypatch.setitem(relaxmim.SIMILARITIES, "both", both)
+    base = {"loss": "both", "data": str(photos), "img_size": 16, "batch_size": 8, "steps": 2}
+    base["precision"] = "float32"
+    own = {"mask": "block", "mask_ratio": 0.5, "norm_pix": False, "relax_weight": 3.0}
+    own |= {"temperature": 0.1, "decoder_depth": 2, "num_images": 3}
+    check_options(relaxmim, base, SHARED | own)
+
+
+def test_no_option_of_finetuning_does_nothing(photos):
+    base = {"data": str(photos), "img_size": 16, "batch_size": 8, "steps": 2}
+    base["precision"] = "float32"
+    own = {"num_labels": 9, "validate": True, "layer_decay": 0.5, "drop_path": 0.5, "mixup": 0.8}
+    own |= {"label_smoothing": 0.0, "cutmix": 1.0, "smallest_crop": 0.1}
+    check_options(finetune, base, SHARED | own)
+
+
+def test_the_gradient_is_clipped_to_a_norm_of_3(photos, monkeypatch):
+    def steep(*args):
+        loss, metrics = relaxmim.mae(*args)
+        return 1000 * loss, metrics
+
+    cross_entropy = torch.nn.functional.cross_entropy
+    monkeypatch.setitem(relaxmim.SIMILARITIES, "steep", relaxmim.Similarity(steep, "pixels"))
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "cross_entropy",
+        lambda *args, **options: 1000 * cross_entropy(*args, **options),
+    )
+    options = {"data": str(photos), "img_size": 16, "batch_size": 8, "steps": 1}
+    relaxmim.train(relaxmim.Config("steep", out="run", **options))
+    finetune.train(finetune.Config(out="tuned", **options))
+    for run in ("run", "tuned"):
+        moments = [state["exp_avg"] for state in load(run)["optimizer"]["state"].values()]
+        norm = torch.cat([moment.flatten() for moment in moments]).norm()
+        assert norm.item() == pytest.approx(0.1 * 3, rel=1e-3)  # AdamW's beta1 is 0.9
+        assert read_log(run)[-1]["grad_norm"] > 30
+
+
 def test_the_progress_bar_ends_at_the_last_step(photos, capfd):
     call(relaxmim.main, "--data", photos, *TINY, "--out", "run")
     assert "| 2/2 [" in capfd.readouterr().err.splitlines()[-1]

@@ -537,6 +537,39 @@ def test_the_gradient_is_clipped_to_a_norm_of_3(photos, monkeypatch):
         assert read_log(run)[-1]["grad_norm"] > 30
 
 
+@pytest.mark.parametrize("module", [relaxmim, finetune])
+def test_the_seed_sets_the_first_weights_and_the_order_of_images(module, photos, monkeypatch):
+    orders = []
+    batch_order = relaxmim.batch_order
+
+    def record(*args):
+        orders.append(torch.cat(list(batch_order(*args))))
+        return batch_order(*args)
+
+    monkeypatch.setattr(relaxmim, "batch_order", record)
+    options = {"data": str(photos), "img_size": 16, "batch_size": 8, "steps": 1, "lr": 1e-9}
+    for seed in (0, 1):
+        module.train(module.Config(seed=seed, out=f"run{seed}", **options))
+    assert not torch.equal(*orders)
+    a, b = (load(run)["encoder"]["cls_token"] for run in ("run0", "run1"))
+    assert (a - b).abs().max() > 0.01
+
+
+def test_validation_leaves_the_model_in_training_mode(photos, monkeypatch):
+    modes = set()
+    forward = finetune.Classifier.forward
+
+    def record(self, images):
+        modes.add((torch.is_grad_enabled(), self.training))
+        return forward(self, images)
+
+    monkeypatch.setattr(finetune.Classifier, "forward", record)
+    monkeypatch.setattr(relaxmim, "LOG_EVERY", 1)  # it validates every 5 steps
+    options = {"data": str(photos), "img_size": 16, "batch_size": 8, "steps": 6}
+    finetune.train(finetune.Config(validate=True, out="run", **options))
+    assert modes == {(True, True), (False, False)}
+
+
 def test_the_progress_bar_ends_at_the_last_step(photos, capfd):
     call(relaxmim.main, "--data", photos, *TINY, "--out", "run")
     assert "| 2/2 [" in capfd.readouterr().err.splitlines()[-1]

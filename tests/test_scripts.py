@@ -570,6 +570,28 @@ def test_validation_leaves_the_model_in_training_mode(photos, monkeypatch):
     assert modes == {(True, True), (False, False)}
 
 
+def test_occluded_images_have_masks_of_their_kind_seed_ratio_and_batch(monkeypatch):
+    pixels = torch.zeros(8, 3, 16, 16, dtype=torch.uint8)
+    images = relaxmim.Images([""] * 8, torch.zeros(8, dtype=torch.int64), ["cat"], pixels)
+    model = finetune.Classifier(16, 4, 3, 16, 1, 2, num_classes=1)
+    subject = eval_occlusion.Subject("", model, {"img_size": 16}, ["cat"], images)
+
+    def visible(mask="random", ratio=0.5, mask_seed=0, seed=0):
+        config = eval_occlusion.Config(batch_size=4, seed=seed)
+        task = config, subject, mask, ratio, mask_seed
+        return eval_occlusion.behind_masks(lambda images, visible: visible, *task)[0]
+
+    first = torch.arange(8).expand(4, 8)
+    monkeypatch.setitem(relaxmim.MASKS, "grid", lambda *args: (first, first + 8))
+    assert torch.equal(visible("grid"), torch.cat([first, first]))
+    drawn = visible()
+    assert torch.equal(drawn, visible())
+    for other in (visible(seed=1), visible(mask_seed=1), drawn.roll(4, 0)):
+        assert not torch.equal(drawn, other)
+    more = visible(ratio=0.25)  # 12 patches: not the same 8 and 4 others
+    assert any(set(a.tolist()) - set(b.tolist()) for a, b in zip(drawn, more))
+
+
 def test_the_progress_bar_ends_at_the_last_step(photos, capfd):
     call(relaxmim.main, "--data", photos, *TINY, "--out", "run")
     assert "| 2/2 [" in capfd.readouterr().err.splitlines()[-1]

@@ -186,7 +186,7 @@ def accuracy_curve(config, subject, mask, ratios):
         shares = []
         for mask_seed in range(config.mask_seeds if ratio > 0 else 1):
             logits, labels = behind_masks(subject.model, config, subject, mask, ratio, mask_seed)
-            shares.append((logits.argmax(dim=1) == labels).sum().item() / len(labels))
+            shares.append(finetune.share_correct(logits, labels))
         curve.append((mean(shares), stdev(shares) if len(shares) > 1 else 0.0))
     return curve, len(labels)
 

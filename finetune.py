@@ -211,11 +211,16 @@ def outputs(function, images, size, device, workers=0):
     return torch.cat(values), torch.cat(labels)
 
 
+def share_correct(scores, labels):
+    """Share of the rows of scores (n, classes) that are highest at their label (n,)."""
+    return (scores.argmax(dim=1) == labels).sum().item() / len(labels)
+
+
 def accuracy(model, images, size, device, workers=0):
     """Share of the images that the model classifies correctly, and how many could be read."""
     model.eval()
     logits, labels = outputs(model, images, size, device, workers)
-    return (logits.argmax(dim=1) == labels).sum().item() / len(labels), len(labels)
+    return share_correct(logits, labels), len(labels)
 
 
 def neighbour_accuracy(model, train, test, size, device, workers=0, k=20):
@@ -229,12 +234,12 @@ def neighbour_accuracy(model, train, test, size, device, workers=0, k=20):
     center = keys.mean(dim=0)
     keys = F.normalize(keys - center, dim=1)
     one_hot = F.one_hot(key_labels, len(train.classes)).float()
-    pred = []
+    votes = []
     for query in F.normalize(queries - center, dim=1).split(250):
         cosine, index = (query @ keys.T).topk(min(k, len(keys)))  # (b, k)
-        votes = (cosine / 0.07).exp()[..., None] * one_hot[index]  # (b, k, classes)
-        pred.append(votes.sum(dim=1).argmax(dim=1))
-    return (torch.cat(pred) == labels).sum().item() / len(labels)
+        weighted = (cosine / 0.07).exp()[..., None] * one_hot[index]  # (b, k, classes)
+        votes.append(weighted.sum(dim=1))
+    return share_correct(torch.cat(votes), labels)
 
 
 def prepare(config):

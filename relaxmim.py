@@ -474,7 +474,8 @@ def synthetic_images(index, size, seed=0):
         radius = 0.13 / (1 - 0.95 * u_radius).sqrt()
         if layer == 23:  # the object, behind the last two leaves
             spread = 0.8
-            petals = torch.tensor([0, 2, 3, 4, 5, 6])[torch.tensor(index) % 6][:, None, None]
+            petals = torch.tensor([0, 2, 3, 4, 5, 6])  # of SHAPES
+            petals = petals[torch.tensor(index) % 6][:, None, None]
             radius = 0.4 + 0.2 * u_radius
         dx = x - spread * (u_x - 0.5)
         dy = y - spread * (u_y - 0.5)

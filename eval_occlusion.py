@@ -9,10 +9,11 @@ Every model sees the same images behind the same masks. Everything is computed i
 occlusion.json, all figures; occlusion.png, the masks on one image; and with matplotlib
 accuracy.png, accuracy over the share hidden.
 
-AUC is the mean of the accuracy over the shares hidden; retention is AUC over clean accuracy. CKA
-and cosine compare the mean patch token of the whole image with that of its visible patches.
+kept is the share of accuracy above chance that is left at the highest ratio up to 75 %. The mean
+patch token of an occluded image finds its own whole image if that is the nearest one by cosine.
 """
 
+import itertools
 import json
 import math
 import re
@@ -22,7 +23,6 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-import torch.nn.functional as F
 
 import finetune
 import relaxmim as mim
@@ -142,45 +142,54 @@ def open_images(config, subjects):
             subject.images = finetune.relabel(images, subject.classes, subject.name)
 
 
-def occlude(images, visible, hidden, patch_size, fill):
+def occlude(images, others, visible, hidden, patch_size):
     """Arguments for a model that hide patches of images (B, C, H, W): images, visible or None.
 
-    fill: drop leaves the hidden patches out, grey (the mean colour, 0) and swap (the patches of the
-    next image) put something in their place.
+    others: images (B, C, H, W) whose patches cover the hidden ones; None: those are left out.
     """
-    if fill == "drop":
+    if others is None:
         return images, visible
     patches = mim.patchify(images, patch_size)
-    other = patches.roll(1, 0) if fill == "swap" else torch.zeros_like(patches)
-    index = hidden[..., None].expand(-1, -1, patches.shape[2])
-    patches = patches.scatter(1, index, mim.gather_tokens(other, hidden))
+    cover = mim.gather_tokens(mim.patchify(others, patch_size), hidden)
+    index = hidden[..., None].expand_as(cover)
     grid = [side // patch_size for side in images.shape[2:]]
-    return mim.unpatchify(patches, grid, patch_size), None
+    return mim.unpatchify(patches.scatter(1, index, cover), grid, patch_size), None
 
 
 def behind_masks(function, config, subject, mask, ratio, mask_seed=0):
-    """function, of occluded images, for all readable images: (n, ...), and labels (n,).
+    """function, of occluded images, for all images: (n, ...), and labels (n,).
 
-    function takes images and visible as a ViT does. Masks are the same for all subjects.
+    function takes images and visible as a ViT does. Masks are the same for all subjects with the
+    same grid, and at a higher ratio hide all that they hide at a lower one, and more.
     """
     device = subject.model.cls_token.device
     size = subject.settings["img_size"]
-    grid = subject.model.grid
+    n = len(subject.images)
+    mim.seed_all(config.seed, mask_seed)
+    visible, hidden = mim.MASKS[mask](n, subject.model.grid, ratio)  # row i is for image i
+    rows = torch.arange(n).split(config.batch_size)
+    next_rows = torch.arange(n).roll(-1).split(config.batch_size)
+    batches = subject.images.batches(rows, device, config.workers)
+    covers = itertools.repeat((None, None))
+    if config.fill == "swap":
+        covers = subject.images.batches(next_rows, device, config.workers)
     values = []
     labels = []
-    index = torch.arange(len(subject.images)).split(config.batch_size)
-    for i, (pixels, y) in enumerate(subject.images.batches(index, device, config.workers)):
-        stream = (mask_seed * 100 + list(mim.MASKS).index(mask)) * 1000 + round(ratio * 999)
-        mim.seed_all(config.seed, stream * 2**20 + i)
-        visible, hidden = mim.MASKS[mask](len(y), grid, ratio)
-        hide = (visible.to(device), hidden.to(device), subject.model.patch_size, config.fill)
-        values.append(function(*occlude(finetune.whole_images(pixels, size), *hide)))
+    for index, (pixels, y), (cover, _) in zip(rows, batches, covers):
+        images = finetune.whole_images(pixels, size)
+        others = None
+        if config.fill == "grey":
+            others = torch.zeros_like(images)  # the mean color
+        if config.fill == "swap":
+            others = finetune.whole_images(cover, size)
+        hide = (visible[index].to(device), hidden[index].to(device))
+        values.append(function(*occlude(images, others, *hide, subject.model.patch_size)))
         labels.append(y)
     return torch.cat(values), torch.cat(labels)
 
 
 def accuracy_curve(config, subject, mask, ratios):
-    """Accuracy at each ratio, (mean, deviation) over the mask seeds, and the number of images."""
+    """Accuracy at each ratio, (mean, deviation) over the mask seeds."""
     curve = []
     for ratio in ratios:
         shares = []
@@ -188,15 +197,15 @@ def accuracy_curve(config, subject, mask, ratios):
             logits, labels = behind_masks(subject.model, config, subject, mask, ratio, mask_seed)
             shares.append(finetune.share_correct(logits, labels))
         curve.append((mean(shares), stdev(shares) if len(shares) > 1 else 0.0))
-    return curve, len(labels)
+    return curve
 
 
-def area_under_curve(ratios, values):
-    """Mean height of a curve over its range of ratios, by the trapezoid rule."""
-    if len(ratios) == 1:
-        return values[0]
-    area = torch.trapezoid(torch.tensor(values).double(), torch.tensor(ratios).double())
-    return area.item() / (ratios[-1] - ratios[0])
+def share_kept(occluded, clean, num_classes):
+    """The share of accuracy above chance that is kept under occlusion; None if there is none."""
+    chance = 1 / num_classes
+    if clean <= chance:
+        return None
+    return (occluded - chance) / (clean - chance)
 
 
 def print_table(title, head, rows):
@@ -211,32 +220,37 @@ def accuracy_table(config, subjects, ratios, mask):
     """Print accuracy at each ratio, and return {name: figures}."""
     result = {}
     rows = []
+    at = max((i for i, ratio in enumerate(ratios) if ratio <= 0.75), default=0)
     for subject in subjects:
-        curve, count = accuracy_curve(config, subject, mask, ratios)
-        clean_curve, _ = accuracy_curve(config, subject, mask, [0.0])
-        clean = clean_curve[0][0]
-        auc = area_under_curve(ratios, [value for value, _ in curve])
-        retention = auc / clean if clean > 0 else 0.0
-        figures = {"images": count, "accuracy": curve, "clean": clean}
-        result[subject.name] = {**figures, "auc": auc, "retention": retention}
+        curve = accuracy_curve(config, subject, mask, ratios)
+        clean, _ = curve[0]
+        if ratios[0] > 0:
+            [(clean, _)] = accuracy_curve(config, subject, mask, [0.0])
+        n = len(subject.images)
+        errors = [math.sqrt(share * (1 - share) / n) for share, _ in curve]
+        retention = share_kept(curve[at][0], clean, len(subject.classes))
+        figures = {"images": n, "accuracy": curve, "sampling_error": errors, "clean": clean}
+        result[subject.name] = {**figures, "retention": retention}
         cells = [f"{100 * value:.1f}" for value, _ in curve]
         if config.mask_seeds > 1:
             cells = [f"{100 * value:.1f} ± {100 * std:.1f}" for value, std in curve]
-        rows.append([subject.name, *cells, f"{100 * auc:.1f}", f"{100 * retention:.0f}"])
-    head = ["model", *[f"{ratio:.0%}" for ratio in ratios], "AUC", "retention"]
-    title = f"accuracy in %, {count} images, share hidden ({mask}, {config.fill})"
-    print_table(title, head, rows)
+        kept = "" if retention is None else f"{100 * retention:.0f}"
+        rows.append([subject.name, *cells, f"{100 * max(errors):.1f}", kept])
+    head = ["model", *[f"{ratio:.0%}" for ratio in ratios], "sampling error"]
+    head.append(f"kept at {ratios[at]:.0%}")
+    print_table(f"accuracy in %, {n} images, share hidden ({mask}, {config.fill})", head, rows)
     return result
 
 
 def block_features(model, images, visible):
-    """The mean patch token after each block, float64: (B, depth, D)."""
+    """The mean patch token after each block, the last after the final norm, float64: (B, depth, D)."""
     found = []
 
     def keep(block, inputs, tokens):
         found.append(tokens[:, 1:].mean(dim=1))
 
-    hooks = [block.register_forward_hook(keep) for block in model.blocks]
+    layers = [*model.blocks[:-1], model.norm]
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
     model(images, visible)
     for hook in hooks:
         hook.remove()
@@ -251,30 +265,27 @@ def cka(a, b):
     return ((a.T @ b).norm() ** 2 / scale).item()
 
 
-def cosine(a, b):
-    """Mean cosine of features (n, D), centred over both: -1..1."""
-    center = (a.mean(dim=0) + b.mean(dim=0)) / 2
-    return F.cosine_similarity(a - center, b - center).mean().item()
-
-
 def feature_table(config, subjects, ratios, mask):
-    """Print how alike clean and occluded features are after the last block; return all blocks."""
+    """Print how many occluded images find their own whole one after the last block; return all."""
     result = {}
     rows = []
     for subject in subjects:
         features = partial(block_features, subject.model)
         clean, _ = behind_masks(features, config, subject, mask, 0.0)  # (n, depth, D)
-        figures = {"cka": [], "cosine": []}
+        figures = {"retrieval": [], "cosine": [], "cka": []}
         for ratio in ratios:
             occluded, _ = behind_masks(features, config, subject, mask, ratio)
             pairs = list(zip(clean.unbind(1), occluded.unbind(1)))
+            compared = [mim.compare_features(a, b) for a, b in pairs]
+            figures["retrieval"].append([pair["retrieval"].item() for pair in compared])
+            figures["cosine"].append([pair["invariance"].item() for pair in compared])
             figures["cka"].append([cka(a, b) for a, b in pairs])
-            figures["cosine"].append([cosine(a, b) for a, b in pairs])
         result[subject.name] = figures
-        rows.append([subject.name, *[f"{blocks[-1]:.2f}" for blocks in figures["cka"]]])
+        rows.append([subject.name, *[f"{100 * blocks[-1]:.1f}" for blocks in figures["retrieval"]]])
     head = ["model", *[f"{ratio:.0%}" for ratio in ratios]]
-    title = f"CKA of clean and occluded features, share hidden ({mask}, {config.fill})"
-    print_table(title, head, rows)
+    n = len(subjects[0].images)
+    title = f"occluded images that find their own whole one among {n}, in %, share hidden"
+    print_table(f"{title} ({mask}, {config.fill})", head, rows)
     return result
 
 

@@ -34,7 +34,7 @@ class Config:
 
     checkpoint: str = option("", "a run or a file of weights; empty: from scratch", nargs="?")
     data: str = option("synthetic", "synthetic, cifar10, cifar100 or a folder")
-    num_labels: int = option(0, "size of a random subset to train on; 0: all images")
+    num_train: int = option(0, "size of a random subset to train on; 0: all images")
     validate: bool = option(False, "report on a tenth held out from train, never on test")
     linear_probe: bool = option(False, "freeze the encoder: linear head, nearest neighbours")
     model: str = option("", "size of the encoder; from scratch: nano", choices=["", *mim.SIZES])
@@ -53,7 +53,7 @@ class Config:
     label_smoothing: float = option(0.1, "label smoothing")
     mixup: float = option(0.0, "alpha of MixUp; 0: off")
     cutmix: float = option(0.0, "alpha of CutMix; 0: off")
-    smallest_crop: float = option(0.5, "least share of the area of a training crop")
+    min_crop_scale: float = option(0.5, "least share of the area of a training crop")
     seed: int = option(0, "random seed")
     out: str = option("", "folder of the run; empty: runs/finetune-RUN-on-DATA")
     resume: bool = option(False, "resume the run in that folder")
@@ -189,7 +189,7 @@ def open_train_and_test(config):
         index = torch.arange(len(images))
         test = images.subset(index[:tenth])
         images = images.subset(index[tenth:])
-    images = images.sample(config.num_labels, config.seed, "--num-labels")
+    images = images.sample(config.num_train, config.seed, "--num-train")
     return images, relabel(test, images.classes, "the training set")
 
 
@@ -308,8 +308,8 @@ def train(config):
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
 
-            draws = torch.rand(B, 5, device=device)[mim.MINE]
-            crops = mim.random_crops(pixels, config.img_size, draws, config.smallest_crop)
+            u = torch.rand(B, 5, device=device)[mim.MINE]
+            crops = mim.random_crops(pixels, config.img_size, u, config.min_crop_scale)
             inputs, target = mix(mim.normalize(crops), labels)
             with autocast:
                 logits = net(inputs).float()

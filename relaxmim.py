@@ -7,32 +7,30 @@ them. Kong and Zhang (arXiv 2208.04164, CVPR 2023) argue that the second is a ca
 Write x for an image, M for its visible patches, 1-M for its hidden ones, sg[.] for a stop-gradient:
 
     (1) siamese    min measure( f(T1(x)), f(T2(x)) )             T: what to become invariant to
-    (2) MAE        L = || (d(f(x M)) - x) (1-M) ||^2
+    (2) MAE        L = || (d(f(x*M)) - x) * (1-M) ||^2
     (3) assume a decoder d' that reconstructs the hidden patches from their own features:
-                   d'(f(x (1-M))) (1-M) = x (1-M), approximately
-    (4) substitute (3) in (2), with z1 = f(x M) and z2 = f(x (1-M)):
-                   L = || (d(z1) - d'(z2)) (1-M) ||^2            this measures how alike z1, z2 are
-    (5) RelaxMIM   || (d(z1) - sg[d'(z2)]) (1-M) ||^2  +  lambda || (d'(z2) - x) (1-M) ||^2
+                   d'(f(x*(1-M))) * (1-M) = x * (1-M), approximately
+    (4) substitute (3) in (2), with z1 = f(x*M) and z2 = f(x*(1-M)):
+                   L = || (d(z1) - d'(z2)) * (1-M) ||^2          this measures how alike z1, z2 are
+    (5) RelaxMIM   || (d(z1) - sg[d'(z2)]) * (1-M) ||^2  +  lambda || (d'(z2) - x) * (1-M) ||^2
     (6) InfoNCE    -log( exp(q_i.k_i / tau) / sum_j exp(q_i.k_j / tau) )
 
 So T is the mask, the measure is the decoder with its loss, and f becomes invariant to occlusion.
-In (5) the second term is (3) as a penalty; without it both decoders may output a constant. In (6),
-q_i = d(z1) at hidden patch i and k_i = sg[z2] at the same patch. Both have the batch mean at their
-position subtracted and are scaled to unit length; j runs over the hidden patches of that image.
-Every norm is a mean over elements. As a target, x is normalised per patch by default.
+In (5) the second term is (3) as a penalty. In (6), q_i = d(z1) at hidden patch i and k_i = sg[z2]
+at the same patch. Both have the batch mean at their position subtracted and are scaled to unit
+length; j runs over the hidden patches of that image. Every norm is a mean over elements. As a
+target, x is normalised per patch by default.
 
-Contents: Masks, Model, Similarities, RelaxMIM, CropContrast, invariance; and to train them: Data,
-Config, Training, main. The form of (2) to (6) and every number are our choice, not the paper's.
+Contents: Masks, Model, RelaxMIM and its similarities MAE, RMAE, CMAE, CropContrast, Invariance; to
+train them: Config, Data, Training, main. The form of (2) to (6) and every number are our choice.
 
     python relaxmim.py --loss infonce --num-images 1    one synthetic image: 2 minutes on 2 cores
     python relaxmim.py --loss mae --data cifar10        or a folder of images, or one photograph
-    python relaxmim.py --loss crop                      (1) with T = crop and colour, to compare
+    python relaxmim.py --loss crop                      (1) with T = crop and color, to compare
 """
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,53 +49,48 @@ def patch_coords(grid, device=None):
     return index // grid[1], index % grid[1]
 
 
-def hide_lowest(score, ratio):
-    """Hide the round(ratio * N) patches of each image with the lowest score (B, N)."""
-    num_hidden = round(ratio * score.shape[1])
+def hide_lowest(score, count):
+    """Hide the count patches of each image with the lowest score (B, N): visible, hidden."""
     order = score.argsort(dim=1)
-    hidden, visible = order.tensor_split([num_hidden], dim=1)
-    return visible.sort(dim=1).values, hidden.sort(dim=1).values
+    visible = order[:, count:].sort(dim=1).values
+    hidden = order[:, :count].sort(dim=1).values
+    return visible, hidden
 
 
 def random_mask(batch, grid, ratio, generator=None, device=None):
-    """Hide patches independently of one another, as MAE does.
+    """Hide random patches, as MAE does.
 
-    grid: (rows, cols); ratio: share of hidden patches, 0..1. Returns visible (B, V), hidden (B, K),
-    int64, each in ascending order. The other masks take and return the same.
+    grid: (rows, cols); ratio: share of hidden patches, 0..1. Returns visible (B, V) and hidden
+    (B, K), int64, each in ascending order; K = round(ratio * N). So do the other masks.
     """
-    score = torch.rand(batch, grid[0] * grid[1], generator=generator, device=device)
-    return hide_lowest(score, ratio)
+    N = grid[0] * grid[1]
+    score = torch.rand(batch, N, generator=generator, device=device)
+    return hide_lowest(score, round(ratio * N))
 
 
 def block_mask(batch, grid, ratio, generator=None, device=None):
-    """Hide one rectangle of random centre and proportions, trimmed to the exact count."""
+    """Hide one rectangle of random center and proportions, trimmed to the exact count."""
     center_y, center_x, u = torch.rand(3, batch, 1, generator=generator, device=device)
     row, col = patch_coords(grid, device)
     dy = (row + 0.5) / grid[0] - center_y  # (B, N)
     dx = (col + 0.5) / grid[1] - center_x
-    stretch = (u - 0.5).exp()  # the root of height over width
-    return hide_lowest(torch.maximum(dy.abs() / stretch, dx.abs() * stretch), ratio)
-
-
-def grid_mask(batch, grid, ratio, generator=None, device=None):
-    """Hide a regular pattern: at ratio 0.75, one patch of every 2 x 2 stays visible."""
-    shift = torch.randint(2, (2, batch, 1), generator=generator, device=device)
-    ties = torch.rand(batch, grid[0] * grid[1], generator=generator, device=device)
-    row, col = patch_coords(grid, device)
-    odd_row = (row + shift[0]) % 2  # (B, N)
-    odd_col = (col + shift[1]) % 2
-    return hide_lowest(2 * odd_row + (odd_row != odd_col) + ties, ratio)  # 3 + ties: hidden last
+    sqrt_aspect = (u - 0.5).exp()  # aspect: height over width
+    distance = torch.maximum(dy.abs() / sqrt_aspect, dx.abs() * sqrt_aspect)
+    return hide_lowest(distance, round(ratio * grid[0] * grid[1]))
 
 
 def mask_indices(mask):
-    """Convert a bool mask (B, N), True = hidden, to visible (B, V) and hidden (B, K)."""
+    """Convert a bool mask (B, N), True = hidden, to visible (B, V) and hidden (B, K).
+
+    Raises ValueError if the images do not all hide the same number of patches.
+    """
     num_hidden = mask.sum(dim=1)
     if (num_hidden != num_hidden[0]).any():
         raise ValueError("a mask must hide the same number of patches in every image")
-    return hide_lowest((~mask).byte(), num_hidden[0].item() / mask.shape[1])
+    return hide_lowest((~mask).byte(), num_hidden[0].item())
 
 
-MASKS = {"random": random_mask, "block": block_mask, "grid": grid_mask}  # --mask
+MASKS = {"random": random_mask, "block": block_mask}  # --mask; add your own here
 
 # --------------------------------------------------------------------------------------- Model
 
@@ -106,19 +99,22 @@ def patchify(images, patch_size):
     """(B, C, H, W) -> (B, N, P): patches row by row, values in the order row, column, channel."""
     p = patch_size
     x = images.unflatten(2, (-1, p)).unflatten(4, (-1, p))  # (B, C, rows, p, cols, p)
-    return x.permute(0, 2, 4, 3, 5, 1).flatten(1, 2).flatten(2)
+    x = x.permute(0, 2, 4, 3, 5, 1)  # (B, rows, cols, p, p, C)
+    return x.flatten(1, 2).flatten(2)
 
 
 def unpatchify(patches, grid, patch_size):
     """(B, N, P) -> (B, C, H, W): the inverse of patchify. grid: (rows, cols)."""
     p = patch_size
     x = patches.unflatten(2, (p, p, -1)).unflatten(1, grid)  # (B, rows, cols, p, p, C)
-    return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+    x = x.permute(0, 5, 1, 3, 2, 4)  # (B, C, rows, p, cols, p)
+    return x.flatten(4).flatten(2, 3)
 
 
 def gather_tokens(x, index):
     """The tokens of x (B, N, D) at index (B, K): (B, K, D)."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+    index = index[..., None].expand(-1, -1, x.shape[2])
+    return x.gather(1, index)
 
 
 def sincos_positions(grid, dim):
@@ -127,15 +123,24 @@ def sincos_positions(grid, dim):
     row, col = patch_coords(grid)
     x = torch.outer(col, frequency)  # (N, D/4)
     y = torch.outer(row, frequency)
-    table = torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)  # (N, D)
+    waves = [x.sin(), x.cos(), y.sin(), y.cos()]
+    table = torch.cat(waves, dim=1)  # (N, D)
     return F.pad(table, (0, 0, 1, 0)).float()[None]
+
+
+def init_linear(module):
+    """MAE's initialisation of a Linear, for nn.Module.apply: Xavier weights, zero bias."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
 
 
 def drop_path(x, rate, training):
     """Stochastic depth: zero x (B, N, D) for each image with probability rate; rescale the rest."""
-    if rate == 0:
+    if rate == 0 or not training:
         return x
-    return x * F.dropout(x.new_ones(len(x), 1, 1), rate, training)
+    keep = torch.rand(len(x), 1, 1, device=x.device) > rate
+    return x * keep / (1 - rate)
 
 
 class Attention(nn.Module):
@@ -152,35 +157,36 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, D/heads) each
         if x.device.type == "cpu":  # written out, it is about 5 times as fast in bfloat16
             scale = q.shape[-1] ** -0.5
-            x = (q * scale @ k.mT).softmax(dim=-1) @ v
+            weights = ((q * scale) @ k.mT).softmax(dim=-1)  # (B, heads, N, N)
+            x = weights @ v
         else:
             x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. drop_path: how often an image skips a branch in training."""
+    """Pre-norm transformer block. drop_path: probability of dropping a branch, per image."""
 
     def __init__(self, dim, num_heads, mlp_ratio=4.0):
         super().__init__()
-        fc1 = nn.Linear(dim, int(dim * mlp_ratio))
-        fc2 = nn.Linear(int(dim * mlp_ratio), dim)
+        hidden_dim = int(dim * mlp_ratio)
+        fc1 = nn.Linear(dim, hidden_dim)
+        fc2 = nn.Linear(hidden_dim, dim)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
         self.drop_path = 0.0
-        for linear in (self.attn.qkv, self.attn.proj, fc1, fc2):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
 
     def forward(self, x):
-        x = x + drop_path(self.attn(self.norm1(x)), self.drop_path, self.training)
-        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path, self.training)
+        branch = self.attn(self.norm1(x))
+        x = x + drop_path(branch, self.drop_path, self.training)
+        branch = self.mlp(self.norm2(x))
+        return x + drop_path(branch, self.drop_path, self.training)
 
 
 class ViT(nn.Module):
-    """Vision transformer that sees only the visible patches. Its weights have timm's names.
+    """Vision transformer that sees only the visible patches. Parameter names match timm's.
 
     img_size: side in pixels, or (H, W). Raises ValueError if patch_size does not divide it.
     """
@@ -200,16 +206,18 @@ class ViT(nn.Module):
         self.patch_embed = nn.Sequential(OrderedDict(proj=proj))
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, embed_dim))
         self.register_buffer("pos_embed", sincos_positions(self.grid, embed_dim))
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
+        blocks = [Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.apply(init_linear)
 
     def forward(self, images, visible=None):
         """images (B, C, H, W), visible (B, V); None: all -> (B, 1 + V, D), class token first."""
         x = self.patch_embed(images).flatten(2).mT + self.pos_embed[:, 1:]  # (B, N, D)
         if visible is not None:
             x = gather_tokens(x, visible)  # (B, V, D): the rest is dropped before the first block
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
-        x = torch.cat([cls, x], dim=1)  # (B, 1 + V, D)
+        cls = self.cls_token + self.pos_embed[:, :1]  # (1, 1, D)
+        x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + V, D)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -223,156 +231,73 @@ class Decoder(nn.Module):
         self.decoder_embed = nn.Linear(in_dim, embed_dim)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, embed_dim))
         self.register_buffer("decoder_pos_embed", sincos_positions(grid, embed_dim))
-        self.decoder_blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
+        blocks = [Block(embed_dim, num_heads) for _ in range(depth)]
+        self.decoder_blocks = nn.ModuleList(blocks)
         self.decoder_norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(embed_dim, out_dim)
+        self.apply(init_linear)
 
     def forward(self, tokens, visible, hidden):
         """tokens (B, 1 + V, D), visible (B, V), hidden (B, K) -> (B, K, out_dim)."""
-        position = self.decoder_pos_embed.expand(len(tokens), -1, -1)  # (B, 1 + N, D)
+        positions = self.decoder_pos_embed[:, 1:].expand(len(tokens), -1, -1)  # (B, N, D)
         x = self.decoder_embed(tokens)  # (B, 1 + V, D)
-        x = x + gather_tokens(position, F.pad(visible + 1, (1, 0)))  # 0 is the class token
-        mask_tokens = self.mask_token + gather_tokens(position, hidden + 1)  # (B, K, D)
-        x = torch.cat([x, mask_tokens], dim=1)  # (B, 1 + N, D); attention ignores order
+        cls = x[:, :1] + self.decoder_pos_embed[:, :1]
+        seen = x[:, 1:] + gather_tokens(positions, visible)  # (B, V, D)
+        masked = self.mask_token + gather_tokens(positions, hidden)  # (B, K, D)
+        x = torch.cat([cls, seen, masked], dim=1)  # (B, 1 + N, D); attention ignores order
         for block in self.decoder_blocks:
             x = block(x)
-        return self.decoder_pred(self.decoder_norm(x[:, tokens.shape[1] :]))
+        x = x[:, -hidden.shape[1] :]  # (B, K, D)
+        return self.decoder_pred(self.decoder_norm(x))
 
-
-# -------------------------------------------------------------------------------- Similarities
-
-
-def mae_loss(pred, target):
-    """(2)  || (d(z1) - x) (1-M) ||^2: MAE's squared error. pred: d(z1), target: x, (B, K, P)."""
-    return (pred.float() - target.float()).square().mean()
-
-
-def relax_loss(d1, d2, target, weight=1.0):
-    """(5)  || (d(z1) - sg[d'(z2)]) (1-M) ||^2 + lambda || (d'(z2) - x) (1-M) ||^2
-
-    d1: d(z1), d2: d'(z2), target: x, (B, K, P) each; weight: lambda. The first term trains d alone:
-    otherwise d' drifts towards d, and both towards the mean.
-    """
-    return mae_loss(d1, d2.detach()) + weight * mae_loss(d2, target)
-
-
-def info_nce(q, k, temperature):
-    """(6)  -log( exp(q_i.k_i / tau) / sum_j exp(q_i.k_j / tau) )
-
-    q, k: (..., n, D), scaled to unit length here. Returns the mean loss, log(n) if all keys are
-    alike, and the share of queries whose positive is the most similar key.
-    """
-    q = F.normalize(q.float(), dim=-1, eps=1e-5)  # eps: rounding noise stays small
-    k = F.normalize(k.float(), dim=-1, eps=1e-5)
-    with torch.autocast(q.device.type, enabled=False):  # bfloat16 is too coarse for exp(1/tau)
-        logits = q @ k.mT / temperature  # (..., n, n)
-    positive = logits.diagonal(dim1=-2, dim2=-1)  # (..., n)
-    accuracy = (positive >= logits.amax(dim=-1)).float().mean()
-    return (logits.logsumexp(dim=-1) - positive).mean(), accuracy
-
-
-def subtract_position_mean(tokens, index, num_patches):
-    """Subtract from tokens (B, K, D), at patches index (B, K), the batch mean at each position.
-
-    Otherwise the position alone identifies the positive, whatever the image shows. Once the mean
-    is subtracted, only the content of the image does. Summed in an order that is always the same.
-    """
-    tokens = tokens.float()
-    index = index[..., None].expand_as(tokens)  # (B, K, D)
-    empty = tokens.new_zeros(len(tokens), num_patches, tokens.shape[2])  # (B, N, D)
-    total = empty.scatter(1, index, tokens).sum(dim=0)  # (N, D)
-    count = empty.scatter(1, index, 1.0).sum(dim=0)
-    mean = total / count.clamp(min=1)
-    return tokens - mean.expand_as(empty).gather(1, index)
-
-
-def mae(model, images, visible, hidden):
-    """MAE encodes one view; its other view is the raw pixels of the hidden patches."""
-    z1 = model.encoder(images, visible)  # f(x M): (B, 1 + V, D)
-    pred = model.decoder(z1, visible, hidden)  # d(z1): (B, K, P)
-    return mae_loss(pred, model.target(images, hidden)), {}
-
-
-def relax(model, images, visible, hidden):
-    """RelaxMIM compares two reconstructions. Its metrics show how close (4) is to (2)."""
-    z1 = model.encoder(images, visible)  # f(x M): (B, 1 + V, D)
-    z2 = model.encoder(images, hidden)  # f(x (1-M)): (B, 1 + K, D)
-    d1 = model.decoder(z1, visible, hidden)  # d(z1): (B, K, P)
-    d2 = model.decoder2(z2[:, 1:])  # d'(z2): (B, K, P)
-    target = model.target(images, hidden)  # x (1-M): (B, K, P)
-    with torch.no_grad():
-        metrics = {"measure_4": mae_loss(d1, d2), "constraint_3": mae_loss(d2, target)}
-        metrics["mae_2"] = mae_loss(d1, target)
-    return relax_loss(d1, d2, target, model.relax_weight), metrics
-
-
-def infonce(model, images, visible, hidden):
-    """InfoNCE compares tokens. Raises ValueError for one image: centered, its features are zero."""
-    if len(images) < 2:
-        raise ValueError("infonce needs a batch of at least 2 images")
-    z1 = model.encoder(images, visible)  # f(x M): (B, 1 + V, D)
-    q = model.decoder(z1, visible, hidden)  # d(z1): (B, K, D)
-    with torch.no_grad():
-        z2 = model.encoder(images, hidden)  # f(x (1-M)): (B, 1 + K, D)
-    N = visible.shape[1] + hidden.shape[1]
-    q = subtract_position_mean(q, hidden, N)
-    k = subtract_position_mean(z2[:, 1:], hidden, N)
-    loss, accuracy = info_nce(q, k, model.temperature)
-    return loss, {"accuracy": accuracy, "log_candidates": math.log(hidden.shape[1])}
-
-
-class Similarity(NamedTuple):
-    measure: Callable  # (model, images, visible, hidden) -> loss, metrics
-    predicts: str  # what the decoder outputs, "pixels" or "tokens"
-    second_decoder: bool = False  # d' of (3)
-
-
-SIMILARITIES = {  # --loss; add your own here
-    "mae": Similarity(mae, predicts="pixels"),
-    "relax": Similarity(relax, predicts="pixels", second_decoder=True),
-    "infonce": Similarity(infonce, predicts="tokens"),
-}
 
 # ------------------------------------------------------------------------------------ RelaxMIM
 
 
 class RelaxMIM(nn.Module):
-    """Two views of an image, its visible and its hidden patches; one encoder; one similarity."""
+    """Two views of an image, its visible and its hidden patches; one encoder; one similarity.
+
+    This is the frame. A similarity is a subclass with a method measure(images, visible, hidden),
+    which returns the loss and a dict of metrics: MAE, RMAE, CMAE below.
+    """
+
+    predicts = "pixels"  # or "tokens": what the decoder outputs for each hidden patch
 
     def __init__(
         self,
         encoder,
-        loss="infonce",  # a name in SIMILARITIES
         mask_ratio=0.75,
+        decoder_dim=None,  # a multiple of 32, with heads of 32; None or 0: as the encoder
         decoder_depth=1,
         norm_pix=True,
-        relax_weight=1.0,
-        temperature=0.2,
+        relax_weight=1.0,  # lambda of (5)
+        temperature=0.2,  # tau of (6)
     ):
         super().__init__()
         self.encoder = encoder
-        self.similarity = SIMILARITIES[loss]
         self.mask_ratio = mask_ratio
         self.norm_pix = norm_pix
-        self.relax_weight = relax_weight  # lambda of (5)
-        self.temperature = temperature  # tau of (6)
+        self.relax_weight = relax_weight
+        self.temperature = temperature
         dim = encoder.embed_dim
-        pixels = encoder.in_chans * encoder.patch_size**2
-        out_dim = pixels if self.similarity.predicts == "pixels" else dim
-        self.decoder = Decoder(encoder.grid, dim, dim, decoder_depth, encoder.num_heads, out_dim)
-        if self.similarity.second_decoder:
-            self.decoder2 = nn.Linear(dim, out_dim)
+        num_heads = decoder_dim // 32 if decoder_dim else encoder.num_heads
+        size = (decoder_dim or dim, decoder_depth, num_heads)
+        out_dim = dim
+        if self.predicts == "pixels":
+            out_dim = encoder.in_chans * encoder.patch_size**2
+        self.decoder = Decoder(encoder.grid, dim, *size, out_dim)
 
     def forward(self, images, visible=None, hidden=None):
         """images (B, C, H, W) and a mask (None: random) -> loss, metrics (a dict of numbers)."""
         if visible is None:
-            grid = self.encoder.grid
-            visible, hidden = random_mask(len(images), grid, self.mask_ratio, device=images.device)
-        return self.similarity.measure(self, images, visible, hidden)
+            shape = (len(images), self.encoder.grid)
+            visible, hidden = random_mask(*shape, self.mask_ratio, device=images.device)
+        return self.measure(images, visible, hidden)
 
     def target(self, images, hidden):
-        """x (1-M): the pixels of the hidden patches, (B, K, P), normalised if norm_pix."""
-        x = gather_tokens(patchify(images, self.encoder.patch_size), hidden)
+        """x*(1-M): the pixels of the hidden patches, (B, K, P), normalised if norm_pix."""
+        patches = patchify(images, self.encoder.patch_size)
+        x = gather_tokens(patches, hidden)
         if self.norm_pix:
             mean = x.mean(dim=-1, keepdim=True)
             variance = x.var(dim=-1, keepdim=True)
@@ -380,42 +305,165 @@ class RelaxMIM(nn.Module):
         return x
 
 
+def mse(a, b):
+    """|| a - b ||^2 as a mean over all elements, in float32. a, b: any one shape."""
+    return (a.float() - b.float()).square().mean()
+
+
+class MAE(RelaxMIM):
+    """(2)  || (d(f(x*M)) - x) * (1-M) ||^2: MAE as published. Its second view is raw pixels."""
+
+    def measure(self, images, visible, hidden):
+        z1 = self.encoder(images, visible)  # f(x*M): (B, 1 + V, D)
+        d1 = self.decoder(z1, visible, hidden)  # d(z1): (B, K, P)
+        return mse(d1, self.target(images, hidden)), {}
+
+
+def relax_loss(d1, d2, target, weight=1.0):
+    """(5)  || (d(z1) - sg[d'(z2)]) * (1-M) ||^2 + lambda || (d'(z2) - x) * (1-M) ||^2
+
+    d1: d(z1), d2: d'(z2), target: x, (B, K, P) each; weight: lambda. Without the stop-gradient d'
+    drifts towards d, and both towards the mean.
+    """
+    return mse(d1, d2.detach()) + weight * mse(d2, target)
+
+
+class RMAE(RelaxMIM):
+    """(5): the relaxed MAE compares two reconstructions. d' is a small network on each token.
+
+    The second term must train f, not d' alone: without its gradient f and d' find features that
+    are easy to predict and say nothing about the image. The metrics show how close (4) is to (2).
+    """
+
+    def __init__(self, encoder, **options):
+        super().__init__(encoder, **options)
+        dim = encoder.embed_dim
+        out_dim = encoder.in_chans * encoder.patch_size**2
+        fc1 = nn.Linear(dim, 4 * dim)
+        fc2 = nn.Linear(4 * dim, out_dim)
+        self.second_decoder = nn.Sequential(fc1, nn.GELU(), fc2)  # d', in PyTorch's initialisation
+
+    def measure(self, images, visible, hidden):
+        z1 = self.encoder(images, visible)  # f(x*M): (B, 1 + V, D)
+        z2 = self.encoder(images, hidden)  # f(x*(1-M)): (B, 1 + K, D)
+        d1 = self.decoder(z1, visible, hidden)  # d(z1): (B, K, P)
+        d2 = self.second_decoder(z2[:, 1:])  # d'(z2): (B, K, P)
+        target = self.target(images, hidden)  # x*(1-M): (B, K, P)
+        with torch.no_grad():
+            metrics = {"measure_eq4": mse(d1, d2)}
+            metrics["constraint_eq3"] = mse(d2, target)
+            metrics["mae_eq2"] = mse(d1, target)
+        return relax_loss(d1, d2, target, self.relax_weight), metrics
+
+
+def info_nce(q, k, temperature):
+    """(6)  -log( exp(q_i.k_i / tau) / sum_j exp(q_i.k_j / tau) )
+
+    q, k: (..., n, D), scaled to unit length here. Returns the mean loss, log(n) if all keys are
+    alike, and the accuracy: the share of queries whose positive is the most similar key.
+    """
+    q = F.normalize(q.float(), dim=-1, eps=1e-5)  # eps: rounding noise stays small
+    k = F.normalize(k.float(), dim=-1, eps=1e-5)
+    with torch.autocast(q.device.type, enabled=False):  # bfloat16 is too coarse for exp(1/tau)
+        logits = q @ k.mT / temperature  # (..., n, n)
+    positive = logits.diagonal(dim1=-2, dim2=-1)  # (..., n)
+    loss = (logits.logsumexp(dim=-1) - positive).mean()
+    own = torch.arange(logits.shape[-1], device=logits.device)
+    return loss, (logits.argmax(dim=-1) == own).float().mean()
+
+
+def subtract_position_mean(tokens, index, num_patches):
+    """Subtract from tokens (B, K, D), at patches index (B, K), the batch mean at each position.
+
+    Otherwise the position alone identifies the positive, whatever the image shows.
+    """
+    tokens = tokens.float()
+    B, _, D = tokens.shape
+    place = index[..., None].expand_as(tokens)
+    # scatter, then sum: deterministic on CUDA, unlike index_add
+    total = tokens.new_zeros(B, num_patches, D).scatter(1, place, tokens).sum(dim=0)  # (N, D)
+    count = tokens.new_zeros(B, num_patches).scatter(1, index, 1.0).sum(dim=0)  # (N,)
+    mean = total / count.clamp(min=1)[:, None]
+    return tokens - gather_tokens(mean.expand(B, -1, -1), index)
+
+
+class CMAE(RelaxMIM):
+    """(6): InfoNCE between tokens in the place of the pixels' loss. The batch must be 2 or more.
+
+    The name is that of a summary of the paper. Huang et al.'s CMAE (arXiv 2207.13532) is another.
+    """
+
+    predicts = "tokens"
+
+    def measure(self, images, visible, hidden):
+        if len(images) < 2:
+            raise ValueError("CMAE needs 2 images or more: centered, the features of one are 0")
+        z1 = self.encoder(images, visible)  # f(x*M): (B, 1 + V, D)
+        q = self.decoder(z1, visible, hidden)  # d(z1): (B, K, D)
+        with torch.no_grad():
+            z2 = self.encoder(images, hidden)  # f(x*(1-M)): (B, 1 + K, D)
+        K = hidden.shape[1]
+        N = visible.shape[1] + K
+        q = subtract_position_mean(q, hidden, N)
+        k = subtract_position_mean(z2[:, 1:], hidden, N)
+        loss, accuracy = info_nce(q, k, self.temperature)
+        return loss, {"accuracy": accuracy, "chance_loss": math.log(K)}
+
+
 class CropContrast(nn.Module):
-    """Conventional siamese learning, (1) with T = crop and colour. Negatives: the batch."""
+    """Conventional siamese learning, (1) with T = crop and color. Negatives: the batch."""
 
     def __init__(self, encoder, temperature=0.2):
         super().__init__()
         self.encoder = encoder
         self.temperature = temperature
         dim = encoder.embed_dim
-        self.head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
+        fc1 = nn.Linear(dim, dim)
+        fc2 = nn.Linear(dim, dim)
+        self.head = nn.Sequential(fc1, nn.GELU(), fc2)
 
     def forward(self, view1, view2):
         """Two views of the same images, (B, C, H, W) each -> loss, metrics."""
         q = self.head(self.encoder(view1)[:, 1:].mean(dim=1))  # (B, D)
         k = self.head(self.encoder(view2)[:, 1:].mean(dim=1))
         loss, accuracy = info_nce(q, k, self.temperature)
-        return loss, {"accuracy": accuracy, "log_candidates": math.log(len(view1))}
+        return loss, {"accuracy": accuracy, "chance_loss": math.log(len(view1))}
+
+
+LOSSES = {"mae": MAE, "relax": RMAE, "infonce": CMAE, "crop": CropContrast}  # --loss; add your own
+
+# ---------------------------------------------------------------------------------- Invariance
+
+
+def compare_features(whole, occluded):
+    """The claim, measured: does an image keep its features when patches are hidden?
+
+    whole, occluded: features (n, D) of the same images, centered here over both. retrieval: share of
+    occluded images whose nearest whole image is their own (1/n: collapsed). invariance: mean cosine.
+    """
+    center = (whole.mean(dim=0) + occluded.mean(dim=0)) / 2
+    whole = F.normalize(whole - center, dim=1)
+    occluded = F.normalize(occluded - center, dim=1)
+    nearest = []
+    for part in occluded.split(1000):  # saves memory
+        nearest.append((part @ whole.T).argmax(dim=1))
+    own = torch.arange(len(whole), device=whole.device)
+    retrieval = (torch.cat(nearest) == own).float().mean()
+    return {"retrieval": retrieval, "invariance": (whole * occluded).sum(dim=1).mean()}
 
 
 @torch.no_grad()
-def invariance(encoder, images, visible):
-    """The claim, measured in float32: does an image keep its features when patches are hidden?
+def measure_invariance(encoder, images, visible):
+    """compare_features for the mean patch tokens of images (B, C, H, W) and of their visible (B, V).
 
-    Features are mean patch tokens, centered over the batch. Returns the mean cosine of an image and
-    its masked self (invariance, -1..1), that of different images (different), and the spread of the
-    directions (feature_std, 0..1; 0: collapsed).
+    In float32, also inside autocast. feature_std: root of the total variance of the features scaled
+    to unit length, 0..1; 0: collapsed.
     """
     with torch.autocast(images.device.type, enabled=False):
         whole = encoder(images)[:, 1:].mean(dim=1)  # (B, D)
         occluded = encoder(images, visible)[:, 1:].mean(dim=1)
-        spread = F.normalize(whole, dim=1).std(dim=0, correction=0).norm()
-        center = (whole + occluded).mean(dim=0) / 2
-        occluded = F.normalize(occluded - center, dim=1)
-        cosine = F.normalize(whole - center, dim=1) @ occluded.T  # (B, B)
-    same = cosine.diagonal().mean()
-    different = (cosine.mean() * len(images) - same) / (len(images) - 1)  # mean off the diagonal
-    return {"invariance": same, "different": different, "feature_std": spread}
+    variance = F.normalize(whole, dim=1).var(dim=0, correction=0)  # (D,)
+    return {**compare_features(whole, occluded), "feature_std": variance.sum().sqrt()}
 
 
 # ---------------------------------------------------------------------------------------- Data
@@ -428,7 +476,6 @@ import os
 import signal
 import sys
 import warnings
-from collections import ChainMap
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -678,37 +725,36 @@ def denormalize(images):
     return torch.stack([x * std + mean for x, (mean, std) in channels], dim=1)
 
 
-def random_crops(images, size, draws, smallest=0.2):
+def random_crops(images, size, u, min_scale=0.2):
     """RandomResizedCrop and flip, all at once: float (B, C, size, size) of 0..255.
 
-    images: uint8 (B, C, H, W), or (1, C, H, W) to cut all crops from one. draws: (B, 5), uniform in
-    0..1. smallest: least share of the area; less for large images, down to one image pixel per crop
-    pixel. Areas are drawn uniformly; for one image log-uniformly, so that all scales occur.
+    images: uint8 (B, C, H, W), or (1, C, H, W) to cut all crops from one. u: (B, 5), uniform in
+    0..1. min_scale: least share of the area, which is drawn uniformly. From one image crops go down
+    to one image pixel per crop pixel, log-uniformly, so that all scales occur.
     """
     H, W = images.shape[2:]
-    u_area, u_ratio, u_left, u_top, u_flip = draws.unbind(1)
-    smallest = min(smallest, size * size / (H * W))
-    area = smallest + (1 - smallest) * u_area
+    u_area, u_ratio, u_left, u_top, u_flip = u.unbind(1)
+    area = min_scale + (1 - min_scale) * u_area
     if len(images) == 1:
-        area = smallest**u_area
+        area = min(min_scale, size * size / (H * W)) ** u_area
     side = (area * H * W).sqrt()
     stretch = ((u_ratio - 0.5) * math.log(4 / 3)).exp()  # its square is width over height
     width = (side * stretch).clamp(max=W)
     height = (side / stretch).clamp(max=H)
     left = u_left * (W - width)
     top = u_top * (H - height)
-    which = torch.arange(len(draws), device=draws.device) % len(images)
+    which = torch.arange(len(u), device=u.device) % len(images)
     boxes = torch.stack([which, left, top, left + width, top + height], dim=1)
     crops = roi_align(images.float(), boxes, size, aligned=True)  # averages where it shrinks
     return torch.where(u_flip[:, None, None, None] < 0.5, crops.flip(3), crops)
 
 
-def jitter_colors(images, draws):
+def jitter_colors(images, u):
     """Brightness, contrast and saturation times 0.6 to 1.4; a fifth of the images turn grey.
 
-    images: float (B, C, H, W) of 0..255; draws: (B, 4), uniform in 0..1: each image its own.
+    images: float (B, C, H, W) of 0..255; u: (B, 4), uniform in 0..1: each image its own.
     """
-    brightness, contrast, saturation, u_grey = draws[..., None, None, None].unbind(1)
+    brightness, contrast, saturation, u_grey = u[..., None, None, None].unbind(1)
     images = images * (0.6 + 0.8 * brightness)
     mean = images.mean(dim=(1, 2, 3), keepdim=True)
     images = mean + (images - mean) * (0.6 + 0.8 * contrast)
@@ -723,8 +769,9 @@ def batch_order(n, batch_size, steps, seed):
     waiting = torch.zeros(0, dtype=torch.int64)
     for _ in range(steps):
         if len(waiting) < batch_size:
-            epochs = torch.rand(math.ceil(batch_size / n), n, generator=generator).argsort(dim=1)
-            waiting = torch.cat([waiting, epochs.flatten()])
+            count = math.ceil(batch_size / n)
+            epochs = [torch.randperm(n, generator=generator) for _ in range(count)]
+            waiting = torch.cat([waiting, *epochs])
         yield waiting[:batch_size][MINE]
         waiting = waiting[batch_size:]
 
@@ -740,7 +787,6 @@ SIZES = {  # --model: width, depth, heads
     "huge": (1280, 32, 16),
 }
 PRECISIONS = ("auto", "float32", "bfloat16")
-LOSSES = ChainMap(SIMILARITIES, {"crop": CropContrast})  # --loss; it sees what is added later
 
 
 def option(default, help, **settings):
@@ -760,6 +806,7 @@ class Config:
     temperature: float = option(0.2, "infonce, crop: tau")
     model: str = option("nano", "size of the encoder", choices=SIZES)
     patch_size: int = option(4, "side of a patch in pixels")
+    decoder_dim: int = option(0, "width of the decoder, a multiple of 32; 0: the encoder's")
     decoder_depth: int = option(1, "number of blocks of the decoder")
     data: str = option("synthetic", "synthetic, cifar10, cifar100, a folder or a photograph")
     num_images: int = option(0, "size of a random subset; 0: all images")
@@ -796,7 +843,7 @@ def parse(cls, description, args):
 def check_values(config):
     """Raise Mistake for a value out of range, or a size that does not fit. For all scripts."""
     at_least_1 = ("steps", "save_every", "img_size", "patch_size", "mask_seeds")
-    shares = ("mask_ratio", "layer_decay", "smallest_crop", "drop_path", "label_smoothing")
+    shares = ("mask_ratio", "layer_decay", "min_crop_scale", "drop_path", "label_smoothing")
     highest = {"img_size": 4096, "workers": 256, "decoder_depth": 64, **dict.fromkeys(shares, 1)}
     for f in fields(config):
         value = getattr(config, f.name)
@@ -962,7 +1009,7 @@ def load_checkpoint(path):
 def start_run(config):
     """Make the folder of the run. Returns the checkpoint to resume, or {}. Raises Mistake."""
     folder = Path(config.out)
-    if not config.resume:
+    if not (config.resume and (folder / "checkpoint.pt").exists()):
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         if (folder / "checkpoint.pt").exists():
@@ -1024,7 +1071,7 @@ def draw(model, images, visible, hidden, path):
     target = gather_tokens(x, hidden)  # (B, K, P)
     z1 = encoder(images, visible)  # (B, 1 + V, D)
     shown = {"image": target, "visible patches": torch.zeros_like(target)}
-    if isinstance(model, RelaxMIM) and model.similarity.predicts == "pixels":
+    if isinstance(model, RelaxMIM) and model.predicts == "pixels":
         pred = model.decoder(z1, visible, hidden)
         if model.norm_pix:
             pred = pred * target.std(-1, keepdim=True) + target.mean(-1, keepdim=True)
@@ -1066,8 +1113,9 @@ def train(config):
     if config.loss == "crop":
         model = CropContrast(encoder, config.temperature).to(device)
     else:
-        names = ("loss", "mask_ratio", "decoder_depth", "norm_pix", "relax_weight", "temperature")
-        model = RelaxMIM(encoder, **{name: getattr(config, name) for name in names}).to(device)
+        names = ("mask_ratio", "decoder_dim", "decoder_depth", "norm_pix", "relax_weight")
+        options = {name: getattr(config, name) for name in (*names, "temperature")}
+        model = LOSSES[config.loss](encoder, **options).to(device)
     groups = decay_groups(model.parameters(), config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
     parts = {**dict(model.named_children()), "optimizer": optimizer}  # saved one by one
@@ -1084,10 +1132,10 @@ def train(config):
     visible, hidden = sample_mask(64, device=device)
     probe = (encoder, images, visible)
     picture = (images[:8], visible[:8], hidden[:8], folder / "views.png")
-    claim = "cosine of whole and masked images {invariance:.3f}, of different ones {different:.3f}"
+    claim = "masked images that find their own whole image among 64: {retrieval:.0%}"
     if RANK == 0:
         print(f"images: {len(dataset)}, steps: {config.steps}, batch: {B}, device: {device}")
-        print("at the start:", claim.format(**invariance(*probe)))
+        print("at the start:", claim.format(**measure_invariance(*probe)))
 
     order = islice(batch_order(len(dataset), B, config.steps, config.seed), first, None)
     batches = dataset.batches(order, device, config.workers, fill=True)
@@ -1099,11 +1147,11 @@ def train(config):
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
 
-            draws = torch.rand(B, 5, device=device)[MINE]
-            crops = random_crops(pixels, config.img_size, draws)
+            u = torch.rand(B, 5, device=device)[MINE]
+            crops = random_crops(pixels, config.img_size, u)
             if config.loss == "crop":
-                draws = torch.rand(B, 5, device=device)[MINE]
-                crops2 = random_crops(pixels, config.img_size, draws)
+                u = torch.rand(B, 5, device=device)[MINE]
+                crops2 = random_crops(pixels, config.img_size, u)
                 crops = jitter_colors(crops, torch.rand(B, 4, device=device)[MINE])
                 crops2 = jitter_colors(crops2, torch.rand(B, 4, device=device)[MINE])
                 inputs = (normalize(crops), normalize(crops2))
@@ -1128,7 +1176,7 @@ def train(config):
                 record["loss"] = loss.item()
                 record["lr"] = lr
                 record["grad_norm"] = grad_norm.item()
-                metrics = {**metrics, **invariance(*probe)}
+                metrics = {**metrics, **measure_invariance(*probe)}
                 record.update({name: float(value) for name, value in metrics.items()})
                 log.append(record)
                 bar.set_postfix(epoch=record["epoch"], loss=f"{record['loss']:.3f}", refresh=False)

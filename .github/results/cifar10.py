@@ -1,196 +1,370 @@
 # SPDX-License-Identifier: MIT
-"""The tables on CIFAR-10: each start by one recipe, then occlusion, features and shape bias.
+"""The tables on CIFAR-10. Every row and seed is pretrained, fine-tuned, measured, and filed.
 
-    python .github/results/cifar10.py gpu DATA PHOTO CUES --seed 0      8 minutes on one H200
-    python .github/results/cifar10.py laptop DATA PHOTO CUES --seed 0   3 hours on 2 cores, estimated
-    python .github/results/cifar10.py tiny DATA PHOTO CUES              to try the script
-    python .github/results/cifar10.py alone DATA PHOTO CUES             mae alone; not measured
+    python .github/results/cifar10.py laptop DATA PHOTO CUES --seeds 0 1 2 --together 2
+    python .github/results/cifar10.py gpu DATA PHOTO CUES --together 4 --workers 4
+    python .github/results/cifar10.py alone DATA PHOTO CUES     mae alone, a long schedule
+    python .github/results/cifar10.py tiny DATA PHOTO CUES      two steps of each, to try the script
+    python .github/results/cifar10.py work                      count the work of every row
 
-DATA: CIFAR-10 as a folder of train/CLASS and test/CLASS, or "cifar10". PHOTO: one photograph. CUES:
-a folder of cue-conflict images (Geirhos et al., 2019). Trainings run side by side, each in a process
-of its own: --together 4 is for a GPU, 2 for two cores. A GPU shares itself better after
-`nvidia-cuda-mps-control -d`. What is finished is skipped and what was cut off is resumed, so the
-same command goes on after an interruption. Prints the table and writes it to summary.json.
+On two CPU cores a row of `laptop` takes 8 to 14 minutes with one thread, so all rows and three seeds
+about three hours. On one H200 the rows of `gpu` take about 8 minutes. DATA: CIFAR-10 as a folder of
+train/CLASS and test/CLASS, or "cifar10". PHOTO: one photograph. CUES: a folder of cue-conflict
+images (Geirhos et al., 2019). A GPU is shared better after `nvidia-cuda-mps-control -d`.
+
+Seed by seed, each row makes one file, .github/results/SCALE/ROW-SEED.json. A row whose file exists
+is skipped, and one that was interrupted is resumed, so run the same command again. The training
+runs, and what the scripts print (*.txt), are in --out. Accuracy is measured on all test images,
+features on 2,000 of them. Each seed has its own weights, batches, crops, masks and random subsets.
+
+Work is counted in fine-tunings: the floating-point operations of pretraining and fine-tuning,
+divided by those of the fine-tuning of "scratch".
 """
 
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
-from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
-GPU = ["--model", "tiny", "--batch-size", "1024", "--compile", "yes"]
-AUGMENT = ["--drop-path", "0.1", "--cutmix", "1.0", "--mixup", "0.2", "--smallest-crop", "0.4"]
-SCALES = {  # options of all trainings; those of fine-tuning; steps of pretraining, of fine-tuning
-    "gpu": {"common": GPU, "tune": AUGMENT, "steps": [2000, 1000], "long": 2000, "probe": 300},
-    "laptop": {"tune": ["--num-labels", "10000"], "steps": [500, 250], "long": 450},
-    "tiny": {"common": ["--batch-size", "8"], "tune": AUGMENT, "steps": [2, 2], "probe": 2},
-    "alone": {"common": GPU, "tune": AUGMENT, "steps": [24000, 7000]},
+import torch
+import torchvision
+from torch.utils.flop_counter import FlopCounterMode
+
+RESULTS = Path(__file__).resolve().parent
+ROOT = RESULTS.parents[1]
+sys.path.insert(0, str(ROOT))
+
+import finetune
+import relaxmim
+
+LAPTOP_ROWS = {  # options of pretraining; empty: none, trained from scratch
+    "relax": "--loss relax --data DATA",
+    "mae": "--loss mae --data DATA",
+    "scratch": "",
+    "infonce": "--loss infonce --data DATA",
+    "scratch-as-mae": "",  # for as many steps as cost the work of both phases of mae
+    "mae-photo": "--loss mae --data PHOTO",
+    "infonce-photo": "--loss infonce --data PHOTO",
+    "scratch-as-infonce": "",
+    "infonce-10": "--loss infonce --data DATA --num-images 10",
+    "crop": "--loss crop --data DATA",
+    "infonce-synthetic": "--loss infonce",  # 5,000 synthetic images
+}
+GPU_ROWS = {
+    "scratch": "",
+    "scratch-twice": "",  # for twice the steps
+    "mae": "--loss mae --data DATA",
+    "relax": "--loss relax --data DATA",
+    "infonce": "--loss infonce --data DATA",
+    "infonce-photo": "--loss infonce --data PHOTO",
+    "mae-photo": "--loss mae --data PHOTO",
+    "infonce-synthetic": "--loss infonce --num-images 1",
+}
+TINY_ROWS = {
+    "scratch": "",
+    "relax": "--loss relax --data DATA",
+    "mae": "--loss mae --data DATA",
+    "infonce-photo": "--loss infonce --data PHOTO",
+}
+GPU = "--model tiny --batch-size 1024 --compile yes"
+AUGMENT = "--drop-path 0.1 --cutmix 1.0 --mixup 0.2 --min-crop-scale 0.4"
+
+
+class Scale(NamedTuple):
+    """How large everything is."""
+
+    rows: dict
+    model: str  # as in `common`; to count its work
+    common: str  # options of every training
+    tuning: str  # options of fine-tuning
+    steps: int  # of pretraining
+    tune_steps: int  # of fine-tuning
+    probe_steps: int = 0  # of the linear probe; 0: none
+
+
+SCALES = {
+    "gpu": Scale(GPU_ROWS, "tiny", GPU, AUGMENT, 2000, 1000, 300),
+    "laptop": Scale(LAPTOP_ROWS, "nano", "--save-every 100", "--num-train 10000", 500, 250),
+    "alone": Scale({"mae": GPU_ROWS["mae"]}, "tiny", GPU, AUGMENT, 24000, 7000),
+    "tiny": Scale(TINY_ROWS, "nano", "--batch-size 8", AUGMENT, 2, 2, 2),
 }
 
-
-def starts(scale, data, photo):
-    """Name of each start, and the options of its pretraining; None: from scratch."""
-    if scale == "alone":
-        return {"mae": ["--loss", "mae", "--data", data]}
-    found = {"scratch": None}
-    for loss in ("relax", "infonce", "mae"):
-        found[loss] = ["--loss", loss, "--data", data]
-    found["scratch-long"] = None
-    found["infonce-photo"] = ["--loss", "infonce", "--data", photo]
-    found["mae-photo"] = ["--loss", "mae", "--data", photo]
-    found["infonce-synthetic"] = ["--loss", "infonce", "--num-images", "1"]
-    if scale == "laptop":
-        found["infonce-synthetic"] = ["--loss", "infonce"]
-        found["mae-synthetic"] = ["--loss", "mae"]
-        for count in ("10", "1000"):
-            for loss in ("infonce", "mae"):
-                found[f"{loss}-{count}"] = [*found[loss], "--num-images", count]
-        found["crop"] = ["--loss", "crop", "--data", data]
-    return found
+# ---------------------------------------------------------------------------------------- Work
 
 
-def run(script, out, *options):
-    """Run one of the three scripts, unless its result is there. What it prints goes to a file."""
-    results = {"relaxmim.py": "views.png", "finetune.py": "result.json"}
-    if (out / results.get(script, "occlusion.json")).exists():
-        return
-    command = [sys.executable, str(ROOT / script), *options, "--out", str(out)]
-    if (out / "checkpoint.pt").exists():
-        command.append("--resume")
-    begun = time.time()
+def step_flops(model, *inputs):
+    """Floating-point operations an image of one training step, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        output = model(*inputs)
+        loss = output[0] if isinstance(output, tuple) else output.sum()
+        loss.backward()
+    return counter.get_total_flops() / len(inputs[0])
+
+
+def count_flops(model):
+    """{"fine-tuning" or loss: floating-point operations an image}. model: a name in SIZES."""
+    images = torch.randn(8, 3, 32, 32)
+    size = (32, 4, 3, *relaxmim.SIZES[model])
+    flops = {"fine-tuning": step_flops(finetune.Classifier(*size, num_classes=10), images)}
+    for loss in ("mae", "relax", "infonce", "crop"):
+        pretraining = relaxmim.LOSSES[loss](relaxmim.ViT(*size))
+        views = [images, images] if loss == "crop" else [images]
+        flops[loss] = step_flops(pretraining, *views)
+    return flops
+
+
+def tuning_steps(scale, row, flops):
+    """Steps of fine-tuning: the scale's, or for a row from scratch those of its name."""
+    if row == "scratch-twice":
+        return 2 * scale.tune_steps
+    if row.startswith("scratch-as-"):
+        return round(scale.tune_steps * work(scale, row.removeprefix("scratch-as-"), flops))
+    return scale.tune_steps
+
+
+def work(scale, row, flops):
+    """Pretraining and fine-tuning, in fine-tunings. Both have batches of the same size."""
+    fine_tunings = tuning_steps(scale, row, flops) / scale.tune_steps
+    if not scale.rows[row]:
+        return fine_tunings
+    loss = scale.rows[row].split()[1]
+    relative = flops[loss] / flops["fine-tuning"]  # of a step
+    return fine_tunings + relative * scale.steps / scale.tune_steps
+
+
+def file_work():
+    """Print the work of every row of laptop and gpu, and write it to work.json."""
+    result = {}
+    for name in ("laptop", "gpu"):
+        scale = SCALES[name]
+        flops = count_flops(scale.model)
+        rows = {}
+        print(f"\n{name}: an image takes")
+        for kind, count in flops.items():
+            print(f"    {kind:20} {count / 1e9:6.3f} GFLOP")
+        print("| row | steps of fine-tuning | work, in fine-tunings |\n|---|---|---|")
+        for row in scale.rows:
+            steps = tuning_steps(scale, row, flops)
+            rows[row] = {"tuning_steps": steps, "work": round(work(scale, row, flops), 4)}
+            print(f"| {row} | {steps} | {rows[row]['work']:.2f} |")
+        result[name] = {"flops_an_image": flops, "rows": rows}
+    write_json(RESULTS / "work.json", result)
+
+
+# ------------------------------------------------------------------------------------ One row
+
+
+def row_options(scale, row, seed, flops, probes):
+    """The options of each script that the row takes, with DATA, PHOTO and CUES for the paths."""
+    common = f"{scale.common} --seed {seed}"
+    steps = tuning_steps(scale, row, flops)
+    measuring = f"--data DATA --mask-seeds 1 --seed {seed}"
+    pretraining = scale.rows[row]
+    options = {}
+    if pretraining:
+        options["pretraining"] = f"{pretraining} {common} --steps {scale.steps}"
+    options["fine_tuning"] = f"--data DATA {common} {scale.tuning} --steps {steps}"
+    if pretraining and scale.probe_steps and probes:
+        probe = f"--data DATA --linear-probe {common} --compile no"
+        options["probe"] = f"{probe} --steps {scale.probe_steps}"
+    options["occlusion"] = f"{measuring} --num-images 0 --cue-conflict CUES"
+    if pretraining or row == "scratch":
+        options["features"] = f"{measuring} --num-images 2000 --features"
+    return options
+
+
+def run(script, runs, options, out, args):
+    """Run one of the three scripts, on some runs. What it prints goes to a file beside `out`."""
+    command = [str(path) for path in runs]
+    command += [args.paths.get(word, word) for word in options.split()]
+    command += ["--workers", str(args.workers), "--out", str(out)]
     with open(f"{out}.txt", "a") as file:
-        if "tiny" in sys.argv:  # in this process: as good, and starts at once
-            sys.path.insert(0, str(ROOT))
+        if args.scale == "tiny":  # in this process: as good, and starts at once
             with redirect_stdout(file), redirect_stderr(file):
-                import_module(script[:-3]).main(command[2:])
+                import_module(script).main(command)
             return
+        command = [sys.executable, str(ROOT / f"{script}.py"), *command]
         status = subprocess.run(command, stdout=file, stderr=file, check=False).returncode
-    print(f"{out.name}: {time.time() - begun:.0f} s, exit status {status}", flush=True)
+    if status != 0:
+        raise RuntimeError(f"{script}.py ended with status {status}; see {out}.txt")
 
 
-def train_start(name, pretraining, args):
-    """Pretrain, fine-tune, and probe the frozen encoder."""
-    scale = SCALES[args.scale]
-    common = [*scale.get("common", []), "--seed", str(args.seed), "--workers", str(args.workers)]
-    steps, tune_steps = scale["steps"]
-    if name == "scratch-long":
-        tune_steps = scale.get("long", 3)
-    tune = [*common, *scale["tune"], "--data", args.data, "--steps", str(tune_steps)]
-    if pretraining is None:
-        run("finetune.py", args.out / f"ft-{name}", *tune)
-        return
+def run_row(row, seed, args):
+    """Pretrain, fine-tune, probe and measure one row. Returns what is filed."""
+    name = f"{row}-{seed}"
     encoder = args.out / name
-    run("relaxmim.py", encoder, *pretraining, *common, "--steps", str(steps))
-    run("finetune.py", args.out / f"ft-{name}", str(encoder), *tune)
-    if "probe" in scale:
-        probe = [*common, "--compile", "no", "--data", args.data, "--linear-probe"]
-        probe += ["--steps", str(scale["probe"])]
-        run("finetune.py", args.out / f"probe-{name}", str(encoder), *probe)
+    tuned = args.out / f"ft-{name}"
+    scale = SCALES[args.scale]
+    options = row_options(scale, row, seed, args.flops, args.probes)
+    record = {"row": row, "scale": args.scale, "seed": seed, "options": options}
+    record["work"] = round(work(scale, row, args.flops), 4)
+    record.update(environment(args))
+    record["resumed"] = encoder.exists() or tuned.exists()  # then minutes are of the last part
+    begun = time.time()
+    minutes = {}
+
+    pretrained = []
+    if "pretraining" in options:
+        pretrained = [encoder]
+        run("relaxmim", [], f"{options['pretraining']} --resume", encoder, args)
+        minutes["pretraining"] = round((time.time() - begun) / 60, 2)
+        log = (encoder / "log.jsonl").read_text().splitlines()
+        record["pretraining"] = json.loads(log[-1])
+    run("finetune", pretrained, f"{options['fine_tuning']} --resume", tuned, args)
+    record["accuracy"] = read_json(tuned / "result.json")["test_accuracy"]
+
+    if "probe" in options:
+        out = args.out / f"probe-{name}"
+        run("finetune", pretrained, f"{options['probe']} --resume", out, args)
+        probe = read_json(out / "result.json")
+        record["linear"] = probe["test_accuracy"]
+        record["neighbours"] = probe["test_accuracy_of_neighbours"]
+
+    out = args.out / f"occlusion-{name}"
+    run("eval_occlusion", [tuned], f"{options['occlusion']} --overwrite", out, args)
+    measured = read_json(out / "occlusion.json")
+    record["ratios"] = measured["ratios"]
+    record["occlusion"] = {}
+    for mask, models in measured["accuracy"].items():
+        record["occlusion"][mask] = models[tuned.name]
+    record["shape_bias"] = measured["shape_bias"][tuned.name]
+
+    if "features" in options:
+        out = args.out / f"features-{name}"
+        subject = pretrained or [tuned]
+        run("eval_occlusion", subject, f"{options['features']} --overwrite", out, args)
+        record["features"] = {}
+        for mask, models in read_json(out / "occlusion.json")["features"].items():
+            record["features"][mask] = named_features(models, name)
+    minutes["total"] = round((time.time() - begun) / 60, 2)
+    record["minutes"] = minutes
+    return record
 
 
-def side_by_side(jobs, together):
-    """Call the jobs, so many at a time."""
-    if together == 1:
-        for job in jobs:
-            job()
-        return
-    with ThreadPoolExecutor(together) as pool:
-        for future in [pool.submit(job) for job in jobs]:
-            future.result()
+def named_features(models, name):
+    """Figures of one mask by what they are of: an encoder, or for scratch two other models."""
+    if name in models:
+        return {"encoder": models[name]}
+    random = "random initialisation"
+    return {"supervised": models[f"ft-{name}"], random: models[random]}
 
 
-def read(path):
-    return json.loads(path.read_text()) if path.exists() else {}
+def environment(args):
+    """Where the figures come from: commit, versions, device and date."""
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(git, capture_output=True, text=True, check=False)
+    versions = {"python": platform.python_version()}
+    versions["torch"] = torch.__version__
+    versions["torchvision"] = torchvision.__version__
+    result = {"commit": args.commit or done.stdout.strip(), "versions": versions}
+    if torch.cuda.is_available():
+        result["device"] = torch.cuda.get_device_name()
+    else:
+        threads = os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())
+        result["device"] = f"{cpu_name()}, {threads} threads"
+    result["date"] = time.strftime("%Y-%m-%d")
+    return result
 
 
-def percent(value):
-    return "" if value is None else f"{100 * value:.1f}"
+def cpu_name():
+    """The model of the CPU."""
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
 
 
-def summarize(names, args):
-    """Collect the figures of every start in summary.json, and print them as a table."""
-    occlusion = read(args.out / "occlusion" / "occlusion.json")
-    features = read(args.out / "features" / "occlusion.json")
-    summary = {"seed": args.seed, "scale": args.scale, "starts": {}}
-    summary["features"] = features.get("features", {})
-    head = ["start", "accuracy", "random, 75 %", "AUC", "retention", "block, 75 %", "AUC"]
-    head += ["retention", "shape bias (95 %)", "linear", "k-NN"]
-    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
-    for name in names:
-        tuned = read(args.out / f"ft-{name}" / "result.json")
-        probe = read(args.out / f"probe-{name}" / "result.json")
-        start = {"accuracy": tuned.get("test_accuracy"), "minutes": tuned.get("minutes")}
-        start["linear"] = probe.get("test_accuracy")
-        start["neighbours"] = probe.get("test_accuracy_of_neighbours")
-        cells = [name, percent(start["accuracy"])]
-        for mask in ("random", "block"):
-            start[mask] = occlusion.get("accuracy", {}).get(mask, {}).get(f"ft-{name}")
-            if start[mask]:
-                at = occlusion["ratios"].index(0.75)
-                curve = start[mask]["accuracy"]
-                values = (curve[at][0], start[mask]["auc"], start[mask]["retention"])
-                cells += [percent(value) for value in values]
-            else:
-                cells += [""] * 3
-        start["shape_bias"] = occlusion.get("shape_bias", {}).get(f"ft-{name}")
-        cells.append("")
-        if start["shape_bias"]:
-            shape = start["shape_bias"]["shape"]
-            texture = start["shape_bias"]["texture"]
-            low, high = start["shape_bias"]["interval"]
-            cells[-1] = f"{shape / max(1, shape + texture):.0%} ({low:.0%} to {high:.0%})"
-        cells += [percent(start["linear"]), percent(start["neighbours"])]
-        print("| " + " | ".join(cells) + " |")
-        summary["starts"][name] = start
-    for mask, found in summary["features"].items():
-        print(f"\nCKA of clean and occluded features after the last block, {mask}")
-        for name, figures in found.items():
-            print(f"{name}: " + ", ".join(f"{blocks[-1]:.2f}" for blocks in figures["cka"]))
-    (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def write_json(path, content):
+    """Write all of a file, or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
+
+
+# ----------------------------------------------------------------------------------- All rows
+
+
+def file_row(row, seed, args):
+    """Run a row and file it, unless it is filed. Returns whether that went well."""
+    name = f"{row}-{seed}"
+    path = args.folder / f"{name}.json"
+    if path.exists():
+        return True
+    try:
+        record = run_row(row, seed, args)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 (the other rows go on)
+        print(f"{name} failed: {error}", flush=True)
+        return False
+    write_json(path, record)
+    minutes = record["minutes"]["total"]
+    print(f"{name}: {record['accuracy']:.2%}, {minutes:.1f} minutes, {path}", flush=True)
+    return True
+
+
+def file_rows(units, args):
+    """File all (row, seed), --together of them at a time. Returns for each whether it went well."""
+    if args.scale == "tiny":
+        return [file_row(row, seed, args) for row, seed in units]
+    pool = ThreadPoolExecutor(args.together)
+    futures = [pool.submit(file_row, row, seed, args) for row, seed in units]
+    try:
+        return [future.result() for future in futures]
+    except KeyboardInterrupt:  # the scripts get it too, save, and end
+        pool.shutdown(cancel_futures=True)
+        raise
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("scale", choices=list(SCALES))
-    parser.add_argument("data")
-    parser.add_argument("photo")
-    parser.add_argument("cues")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="default: runs/SCALE-SEED")
-    parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--together", type=int, default=4, help="trainings side by side")
+    parser.add_argument("scale", choices=[*SCALES, "work"])
+    parser.add_argument("data", nargs="?")
+    parser.add_argument("photo", nargs="?")
+    parser.add_argument("cues", nargs="?")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--rows", help="names, separated by commas; default: all of the scale")
+    parser.add_argument("--together", type=int, default=2, help="rows at a time")
+    parser.add_argument("--workers", type=int, default=1, help="of each script")
+    parser.add_argument("--no-probes", dest="probes", action="store_false")
+    parser.add_argument("--commit", help="where git is not at hand")
+    parser.add_argument("--out", type=Path, help="folder of the runs; default: runs/SCALE")
     args = parser.parse_args()
-    args.out = args.out or Path("runs", f"{args.scale}-{args.seed}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if args.scale == "tiny":
-        args.together = 1
-    found = starts(args.scale, args.data, args.photo)
-    side_by_side([partial(train_start, *item, args) for item in found.items()], args.together)
+    if args.scale == "work":
+        file_work()
+        return
+    if args.cues is None:
+        parser.error("DATA, PHOTO and CUES are needed")
+    scale = SCALES[args.scale]
+    rows = args.rows.split(",") if args.rows else list(scale.rows)
+    for row in rows:
+        if row not in scale.rows:
+            parser.error(f"--rows {row}: must be among {', '.join(scale.rows)}")
 
-    options = ["--data", args.data, "--mask-seeds", "1", "--workers", str(args.workers)]
-    tuned = [str(args.out / f"ft-{name}") for name in found]
-    tuned = [path for path in tuned if Path(path, "result.json").exists()]
-    encoders = [str(args.out / name) for name, pretraining in found.items() if pretraining]
-    encoders += [path for path in tuned if path.endswith("ft-scratch")]
-    encoders = [path for path in encoders if Path(path, "checkpoint.pt").exists()]
-    images = {"tiny": "60", "laptop": "2000"}.get(args.scale, "10000")
-    cues = ["--num-images", images, "--cue-conflict", args.cues]
-    features = [*encoders, *options, "--num-images", "1000", "--features"]
-    accuracy = [*tuned, *options, *cues]
-    jobs = [partial(run, "eval_occlusion.py", args.out / "occlusion", *accuracy)]
-    jobs.append(partial(run, "eval_occlusion.py", args.out / "features", *features))
-    side_by_side(jobs, args.together)
-    summarize(found, args)
+    args.paths = {"DATA": args.data, "PHOTO": args.photo, "CUES": args.cues}
+    args.out = args.out or Path("runs", args.scale)
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.folder = args.out if args.scale == "tiny" else RESULTS / args.scale
+    if args.together > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the scripts
+    args.flops = count_flops(scale.model)
+    units = [(row, seed) for seed in args.seeds for row in rows]
+    if not all(file_rows(units, args)):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

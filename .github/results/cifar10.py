@@ -7,10 +7,11 @@
     python .github/results/cifar10.py tiny DATA PHOTO CUES      two steps of each, to try the script
     python .github/results/cifar10.py work                      count the work of every row
 
-On two CPU cores a row of `laptop` takes 8 to 14 minutes with one thread, so all rows and three seeds
-about three hours. On one H200 the rows of `gpu` take about 8 minutes. DATA: CIFAR-10 as a folder of
-train/CLASS and test/CLASS, or "cifar10". PHOTO: one photograph. CUES: a folder of cue-conflict
-images (Geirhos et al., 2019). A GPU is shared better after `nvidia-cuda-mps-control -d`.
+On two CPU cores a row of `laptop` takes 8 to 14 minutes with one thread, and about 3 to measure it:
+four hours for all rows and three seeds, estimated. On one H200 the rows of `gpu` take 8 minutes.
+DATA: CIFAR-10 as a folder of train/CLASS and test/CLASS, or "cifar10". PHOTO: one photograph. CUES:
+a folder of cue-conflict images (Geirhos et al., 2019). Before sharing a GPU, start
+`nvidia-cuda-mps-control -d`: it is faster.
 
 Seed by seed, each row makes one file, .github/results/SCALE/ROW-SEED.json. A row whose file exists
 is skipped, and one that was interrupted is resumed, so run the same command again. The training
@@ -188,11 +189,15 @@ def run(script, runs, options, out, args):
     command += ["--workers", str(args.workers), "--out", str(out)]
     with open(f"{out}.txt", "a") as file:
         if args.scale == "tiny":  # in this process: as good, and starts at once
-            with redirect_stdout(file), redirect_stderr(file):
-                import_module(script).main(command)
-            return
-        command = [sys.executable, str(ROOT / f"{script}.py"), *command]
-        status = subprocess.run(command, stdout=file, stderr=file, check=False).returncode
+            status = 0
+            try:
+                with redirect_stdout(file), redirect_stderr(file):
+                    import_module(script).main(command)
+            except SystemExit as error:
+                status = error.code
+        else:
+            command = [sys.executable, str(ROOT / f"{script}.py"), *command]
+            status = subprocess.run(command, stdout=file, stderr=file, check=False).returncode
     if status != 0:
         raise RuntimeError(f"{script}.py ended with status {status}; see {out}.txt")
 
@@ -268,8 +273,7 @@ def environment(args):
     if torch.cuda.is_available():
         result["device"] = torch.cuda.get_device_name()
     else:
-        threads = os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())
-        result["device"] = f"{cpu_name()}, {threads} threads"
+        result["device"] = f"{cpu_name()}, {args.threads} threads"
     result["date"] = time.strftime("%Y-%m-%d")
     return result
 
@@ -307,7 +311,7 @@ def file_row(row, seed, args):
         return True
     try:
         record = run_row(row, seed, args)
-    except (Exception, SystemExit) as error:  # noqa: BLE001 (the other rows go on)
+    except Exception as error:  # noqa: BLE001 (the other rows go on)
         print(f"{name} failed: {error}", flush=True)
         return False
     write_json(path, record)
@@ -326,7 +330,7 @@ def file_rows(units, args):
         return [future.result() for future in futures]
     except KeyboardInterrupt:  # the scripts get it too, save, and end
         pool.shutdown(cancel_futures=True)
-        raise
+        raise SystemExit("interrupted; the same command resumes") from None
 
 
 def main():
@@ -361,6 +365,8 @@ def main():
     args.folder = args.out if args.scale == "tiny" else RESULTS / args.scale
     if args.together > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the scripts
+    args.threads = int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))
+    torch.set_num_threads(1)  # here, where little is computed, not in the scripts
     args.flops = count_flops(scale.model)
     units = [(row, seed) for seed in args.seeds for row in rows]
     if not all(file_rows(units, args)):

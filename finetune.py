@@ -8,11 +8,15 @@
 
 Test images are used once, at the end, and no setting is chosen on them. To choose settings,
 use --validate, which holds out a tenth of the training images and reports on that.
+
+Weights of others are read as --model of their width and depth, on a square grid of patches: the
+number of heads is not in such a file, nor is the shape of the grid if its positions were learned.
 """
 
 import argparse
 import json
 import math
+import signal
 import time
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -27,40 +31,45 @@ from tqdm import tqdm
 import relaxmim as mim
 from relaxmim import Mistake, option
 
+SCRATCH = {"model": "nano", "patch_size": 4, "img_size": 32, "in_chans": 3}
+OUTPUTS = ("config.json", "images.txt", "log.jsonl", "checkpoint.pt", "result.json")
+
 
 @dataclass
 class Config:
     """Every hyperparameter of fine-tuning. Sizes of 0 or "" come from the checkpoint."""
 
-    checkpoint: str = option("", "a run or a file of weights; empty: from scratch", nargs="?")
+    checkpoint: str = option("", "a run or a file of weights; empty: from scratch", positional=True)
     data: str = option("synthetic", "synthetic, cifar10, cifar100 or a folder")
-    num_train: int = option(0, "size of a random subset to train on; 0: all images")
+    num_train: int = option(0, "size of a random subset to train on; 0: all images", 0, 1e9)
     validate: bool = option(False, "report on a tenth held out from train, never on test")
     linear_probe: bool = option(False, "freeze the encoder: linear head, nearest neighbours")
-    model: str = option("", "size of the encoder; from scratch: nano", choices=["", *mim.SIZES])
-    patch_size: int = option(0, "side of a patch in pixels; from scratch: 4")
-    img_size: int = option(0, "side of an image in pixels; from scratch: 32")
+    model: str = option("", "size of the encoder; from scratch: nano", choices=("", *mim.SIZES))
+    patch_size: int = option(0, "side of a patch in pixels; from scratch: 4", 0, 4096)
+    img_size: int = option(0, "side of an image in pixels; from scratch: 32", 0, 4096)
     in_chans: int = option(0, "3: RGB, 1: grey; from scratch: 3", choices=(0, 1, 3))
-    data_dir: str = option("data", "where torchvision keeps its data sets")
-    cache_gb: float = option(1.0, "GiB of memory for a folder; a larger one is streamed")
-    workers: int = option(2, "number of processes that read files")
-    steps: int = option(800, "number of optimizer steps")
-    batch_size: int = option(128, "images in a step, over all processes")
-    lr: float = option(1e-3, "peak learning rate (of the head)")
-    layer_decay: float = option(1.0, "learning rate of a block relative to the next one")
-    weight_decay: float = option(0.05, "weight decay, but not of biases and norms")
-    drop_path: float = option(0.0, "stochastic depth, in the last block")
-    label_smoothing: float = option(0.1, "label smoothing")
-    mixup: float = option(0.0, "alpha of MixUp; 0: off")
-    cutmix: float = option(0.0, "alpha of CutMix; 0: off")
-    min_crop_scale: float = option(0.5, "least share of the area of a training crop")
-    seed: int = option(0, "random seed")
+    data_dir: str = option("data", "torchvision's download directory")
+    cache_gb: float = option(
+        1.0, "GiB of memory for images; a larger set is read as needed", 0, 1e6
+    )
+    workers: int = option(2, "number of processes that read files", 0, 256)
+    steps: int = option(800, "number of optimizer steps", 1, 1e9)
+    batch_size: int = option(128, "global batch size", 2, 1e6)
+    lr: float = option(1e-3, "peak learning rate (of the head)", 1e-12, 1e3)
+    layer_decay: float = option(1.0, "learning rate of a block relative to the next one", 0, 1)
+    weight_decay: float = option(0.05, "weight decay, but not of biases and norms", 0, 1e3)
+    drop_path: float = option(0.0, "stochastic depth, in the last block", 0, 0.9)
+    label_smoothing: float = option(0.1, "label smoothing", 0, 1)
+    mixup: float = option(0.0, "alpha of MixUp; 0: off", 0, 1e3)
+    cutmix: float = option(0.0, "alpha of CutMix; 0: off", 0, 1e3)
+    min_crop_scale: float = option(0.5, "least share of the area of a training crop", 0.01, 1)
+    seed: int = option(0, "random seed", 0, 1e9)
     out: str = option("", "folder of the run; empty: runs/finetune-RUN-on-DATA")
-    resume: bool = option(False, "resume the run in that folder")
-    save_every: int = option(500, "steps between checkpoints")
-    device: str = option("auto", "auto, cpu, cuda or mps")
+    resume: bool = option(False, "resume the run in that folder, or start it")
+    save_every: int = option(500, "steps between checkpoints", 1, 1e9)
+    device: str = option("auto", "auto, cpu, cuda, cuda:1 or mps")
     precision: str = option("auto", "auto: bfloat16 where it is native", choices=mim.PRECISIONS)
-    compile: str = option("auto", "auto: CUDA, 2,000 steps or more", choices=("auto", "yes", "no"))
+    compile: str = option("auto", "auto: on CUDA, from 2,000 steps on", choices=mim.COMPILE)
 
 
 class Classifier(mim.ViT):
@@ -91,37 +100,71 @@ class Classifier(mim.ViT):
         return self.head(self.fc_norm(self.features(images, visible)))
 
 
+def find_weights(content, path):
+    """The weights in a file's content, by timm's names. timm's choice: the averaged ones, if any."""
+    if {"encoder", "config"} <= set(content):
+        return content["encoder"]  # a run of ours
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+            print(f"{path}: read {key}")
+            break
+    weights = {}
+    for name, value in content.items():
+        for prefix in ("module.", "_orig_mod.", "encoder."):
+            name = name.replace(prefix, "")
+        is_decoder = name.startswith(("decoder", "second_decoder", "mask_token"))
+        if isinstance(value, torch.Tensor) and not is_decoder:
+            weights[name] = value.float()
+    return weights
+
+
+def find_side(pos_embed, path):
+    """Patches along a side of position embeddings (1, 1 + N, D). Raises Mistake if not a square.
+
+    Learned ones are taken for a square; sin-cos ones tell their grid.
+    """
+    N = pos_embed.shape[1] - 1
+    side = math.isqrt(N)
+    grids = [(rows, N // rows) for rows in range(1, N + 1) if N % rows == 0]
+    for grid in grids:
+        expected = mim.sincos_positions(grid, pos_embed.shape[2])
+        if grid != (side, side) and torch.allclose(pos_embed, expected, atol=0.01):
+            raise Mistake(f"{path}: has {grid[0]} x {grid[1]} patches, not a square of them")
+    if (side, side) not in grids:
+        raise Mistake(f"{path}: has {N} positions besides the class token, which are no square")
+    return side
+
+
 def load_encoder(path):
     """A run, a checkpoint, or weights of MAE or timm. Returns weights, settings and class names.
 
-    settings: model, patch_size, img_size, in_chans. Nothing in the file is executed.
+    settings: model, patch_size, img_size, in_chans. Class names are None for weights of others.
+    Nothing in the file is executed. Raises Mistake.
     """
     path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
     with torch.serialization.safe_globals([argparse.Namespace]):  # MAE's training saves its options
         content = mim.load_checkpoint(path)
     content = content if isinstance(content, dict) else {}
-    if {"encoder", "config"} <= set(content):
-        return content["encoder"], content["config"], content.get("classes")
-    for key in ("model", "state_dict"):  # as MAE's and timm's training save them
-        content = content[key] if isinstance(content.get(key), dict) else content
-    weights = {}
-    for name, value in content.items():
-        name = name.replace("module.", "").replace("_orig_mod.", "")
-        is_head = name.startswith(("decoder", "mask_token", "head.", "fc_norm."))
-        if isinstance(value, torch.Tensor) and not is_head:
-            weights[name] = value.float()
+    weights = find_weights(content, path)
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise Mistake(f"{path}: {name} holds values that are not finite")
+    if weights is content.get("encoder"):
+        return weights, content["config"], content.get("classes")
     missing = {"patch_embed.proj.weight", "pos_embed", "cls_token"} - set(weights)
     if missing:
         raise Mistake(f"{path}: not a vision transformer, it lacks {', '.join(sorted(missing))}")
-    dim, in_chans, _, patch_size = weights["patch_embed.proj.weight"].shape
+    dim, in_chans, patch_size, _ = weights["patch_embed.proj.weight"].shape
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     models = {size[:2]: name for name, size in mim.SIZES.items()}
     if (dim, depth) not in models:
         raise Mistake(f"{path}: no --model has width {dim} and depth {depth}")
-    side = math.isqrt(weights["pos_embed"].shape[1] - 1)
-    settings = {"model": models[dim, depth], "patch_size": patch_size}
-    settings.update(img_size=side * patch_size, in_chans=in_chans)
-    return weights, settings, None
+    model = models[dim, depth]
+    side = find_side(weights["pos_embed"], path)
+    print(f"{path}: read as {model}: width {dim}, {depth} blocks, {mim.SIZES[model][2]} heads")
+    settings = {"model": model, "patch_size": patch_size, "in_chans": in_chans}
+    return weights, {**settings, "img_size": side * patch_size}, None
 
 
 def run_name(path):
@@ -200,14 +243,12 @@ def whole_images(pixels, size):
 
 @torch.no_grad()
 def outputs(function, images, size, device, workers=0):
-    """function, of a batch of whole images, for all readable images: (n, ...), and labels (n,)."""
+    """Apply function to every image; return stacked outputs (n, ...) and labels (n,)."""
     values = []
     labels = []
     for pixels, y in images.batches(torch.arange(len(images)).split(250), device, workers):
         values.append(function(whole_images(pixels, size)))
         labels.append(y)
-    if not labels:
-        raise Mistake("--data: none of the images to report on can be read")
     return torch.cat(values), torch.cat(labels)
 
 
@@ -242,36 +283,46 @@ def neighbour_accuracy(model, train, test, size, device, workers=0, k=20):
     return share_correct(torch.cat(votes), labels)
 
 
-def prepare(config):
-    """Fill in what config leaves to the checkpoint, and check it. Returns the weights, or None."""
-    weights = None
-    settings = {"model": "nano", "patch_size": 4, "img_size": 32, "in_chans": 3}
-    name = "scratch"
-    if config.checkpoint:
-        weights, settings, _ = load_encoder(config.checkpoint)
-        name = run_name(config.checkpoint)
-    for key in ("model", "patch_size", "img_size", "in_chans"):
-        setattr(config, key, getattr(config, key) or settings[key])
+def fill_in(config):
+    """Take what config leaves open from the run to resume, or from the checkpoint.
+
+    Returns the weights of the checkpoint; None if they are not needed. Raises Mistake.
+    """
+    name = run_name(config.checkpoint) if config.checkpoint else "scratch"
     kind = "probe" if config.linear_probe else "finetune"
     config.out = config.out or f"runs/{kind}-{name}-on-{Path(config.data).stem}"
-    mim.check_values(config)
-    if config.linear_probe and not config.checkpoint:
-        raise Mistake("--linear-probe: needs a checkpoint, whose encoder it freezes")
+    weights = None
+    settings = SCRATCH
+    if config.resume and Path(config.out, "checkpoint.pt").exists():
+        _, settings, _ = load_encoder(config.out)
+        before = settings.get("checkpoint", "")
+        if run_name(before) != run_name(config.checkpoint):
+            given = f"checkpoint {config.checkpoint}"
+            raise Mistake(f"{given}: this run was started with {before or 'none'}")
+    elif config.checkpoint:
+        weights, settings, _ = load_encoder(config.checkpoint)
+    for key in SCRATCH:
+        setattr(config, key, getattr(config, key) or settings[key])
     return weights
 
 
 def train(config):
     """Fine-tune. Returns the result, a dict that is also written to result.json. Raises Mistake."""
     begun = time.time()
-    weights = prepare(config)
+    rank, world = mim.launched_processes()
+    mine = slice(rank, None, world)  # the rows of a batch that this process takes
+    weights = fill_in(config)
+    mim.check_values(config, world)
+    if config.linear_probe and not config.checkpoint:
+        raise Mistake("--linear-probe: needs a checkpoint, whose encoder it freezes")
     folder = Path(config.out)
     B = config.batch_size
-    device, autocast = mim.pick_device(config)
-    resumed = mim.start_run(config)
-    images, test = open_train_and_test(config)
+    resumed = mim.read_run(config, OUTPUTS)
     first = resumed.get("step", 0)
     log = resumed.get("log", [])
-    mim.write_start(config, images, log)
+    minutes_before = resumed.get("minutes", 0.0)
+    device, autocast = mim.pick_device(config, world)
+    images, test = open_train_and_test(config)
 
     mim.seed_all(config.seed, 2**32)
     num_classes = len(images.classes)
@@ -289,18 +340,26 @@ def train(config):
     if resumed:
         model.load_state_dict(resumed["encoder"])
         optimizer.load_state_dict(resumed["optimizer"])
-    net = mim.wrap(model, config, device)
+    net = mim.compile_and_distribute(model, config, device, world)
     kinds = ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix))
     mixes = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha > 0]
     mix = v2.RandomChoice(mixes) if mixes else v2.Identity()
     reading = (config.img_size, device, config.workers)  # of the images to report on
-    if mim.RANK == 0:
-        print(f"images: {len(images)}, steps: {config.steps}, batch: {B}, device: {device}")
+    if rank == 0:
+        mim.claim_folder(config, images, log)
+        print(f"data: {images}")
+        print(f"training: {config.steps} steps of {B} images on {device}")
 
     order = islice(mim.batch_order(len(images), B, config.steps, config.seed), first, None)
-    batches = images.batches(order, device, config.workers, fill=True)
-    bar = tqdm(batches, total=config.steps, initial=first, mininterval=2, disable=mim.RANK > 0)
-    with mim.catch_signals() as received:
+    batches = images.batches((i[mine] for i in order), device, config.workers, full=True)
+    bar = tqdm(batches, total=config.steps, initial=first, mininterval=2, disable=rank > 0)
+    received = []  # signals
+
+    def catch(number, frame):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
+
+    with mim.handle_signals(catch if rank == 0 else signal.SIG_IGN):  # torchrun ends the others
         for step, (pixels, labels) in enumerate(bar, first + 1):
             mim.seed_all(config.seed, step)  # everything random is a function of the step
             model.train()
@@ -308,7 +367,7 @@ def train(config):
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
 
-            u = torch.rand(B, 5, device=device)[mim.MINE]
+            u = torch.rand(B, 5, device=device)[mine]
             crops = mim.random_crops(pixels, config.img_size, u, config.min_crop_scale)
             inputs, target = mix(mim.normalize(crops), labels)
             with autocast:
@@ -334,10 +393,11 @@ def train(config):
                     record["validation_accuracy"], _ = accuracy(model, test, *reading)
                 log.append(record)
                 bar.set_postfix(epoch=record["epoch"], loss=f"{record['loss']:.3f}", refresh=False)
-            if is_log_step and mim.RANK == 0:
+            if is_log_step and rank == 0:
                 mim.write_text(folder / "log.jsonl", json.dumps(record) + "\n", "a")
-            if is_save_step and mim.RANK == 0:
+            if is_save_step and rank == 0:
                 content = {"config": asdict(config), "step": step, "log": log}
+                content["minutes"] = minutes_before + (time.time() - begun) / 60
                 content["classes"] = images.classes
                 content["encoder"] = model.state_dict()
                 content["optimizer"] = optimizer.state_dict()
@@ -345,21 +405,24 @@ def train(config):
             if stopped:
                 break
     bar.close()
-    if log[-1]["step"] < config.steps:
+    if received and step < config.steps:
         print(f"stopped after step {step}; add --resume to the command to resume the run")
         raise SystemExit(128 + received[0])
+    mim.end_processes()
     result = {}
-    if mim.RANK == 0:
+    if rank == 0:
         split = "validation" if config.validate else "test"
-        result[f"{split}_accuracy"], result["images"] = accuracy(model, test, *reading)
-        print(f"{split} accuracy, {result['images']} images: {result[f'{split}_accuracy']:.2%}")
+        share, count = accuracy(model, test, *reading)
+        result.update({f"{split}_accuracy": share, "images": count})
         if config.linear_probe:
-            share = neighbour_accuracy(model, images, test, *reading)
-            result[f"{split}_accuracy_of_neighbours"] = share
-            print(f"{split} accuracy of 20 nearest neighbours: {share:.2%}")
-        result["minutes"] = round((time.time() - begun) / 60, 2)
+            neighbours = neighbour_accuracy(model, images, test, *reading)
+            result[f"{split}_accuracy_of_neighbours"] = neighbours
+        result["minutes"] = round(minutes_before + (time.time() - begun) / 60, 2)
         result.update(asdict(config))
         mim.write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
+        print(f"{split} accuracy, {count} images: {share:.2%}")
+        if config.linear_probe:
+            print(f"{split} accuracy of 20 nearest neighbours: {neighbours:.2%}")
         print(f"written to {folder}")
     return result
 

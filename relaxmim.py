@@ -438,122 +438,274 @@ LOSSES = {"mae": MAE, "relax": RMAE, "infonce": CMAE, "crop": CropContrast}  # -
 def compare_features(whole, occluded):
     """The claim, measured: does an image keep its features when patches are hidden?
 
-    whole, occluded: features (n, D) of the same images, centered here over both. retrieval: share of
-    occluded images whose nearest whole image is their own (1/n: collapsed). invariance: mean cosine.
+    whole, occluded: features (n, D) of the same images, centered here over both. Returns the index
+    (n,) of the whole image nearest to each occluded one by cosine; and as metrics retrieval, the
+    share of them that is its own image (1/n: collapsed), and invariance, the mean cosine (-1..1).
     """
     center = (whole.mean(dim=0) + occluded.mean(dim=0)) / 2
     whole = F.normalize(whole - center, dim=1)
     occluded = F.normalize(occluded - center, dim=1)
-    nearest = []
-    for part in occluded.split(1000):  # saves memory
-        nearest.append((part @ whole.T).argmax(dim=1))
-    own = torch.arange(len(whole), device=whole.device)
-    retrieval = (torch.cat(nearest) == own).float().mean()
-    return {"retrieval": retrieval, "invariance": (whole * occluded).sum(dim=1).mean()}
+    parts = [(part @ whole.T).argmax(dim=1) for part in occluded.split(1000)]  # saves memory
+    nearest = torch.cat(parts)
+    found = nearest == torch.arange(len(whole), device=whole.device)
+    cosine = (whole * occluded).sum(dim=1)
+    return nearest, {"retrieval": found.float().mean(), "invariance": cosine.mean()}
 
 
 @torch.no_grad()
 def measure_invariance(encoder, images, visible):
-    """compare_features for the mean patch tokens of images (B, C, H, W) and of their visible (B, V).
+    """compare_features for mean patch tokens of images (B, C, H, W) and their visible (B, V).
 
-    In float32, also inside autocast. feature_std: root of the total variance of the features scaled
-    to unit length, 0..1; 0: collapsed.
+    In float32, also inside autocast. feature_std, 0..1, is 0 if the features have collapsed: the
+    root of the total variance of features of unit length.
     """
     with torch.autocast(images.device.type, enabled=False):
         whole = encoder(images)[:, 1:].mean(dim=1)  # (B, D)
         occluded = encoder(images, visible)[:, 1:].mean(dim=1)
+    nearest, metrics = compare_features(whole, occluded)
     variance = F.normalize(whole, dim=1).var(dim=0, correction=0)  # (D,)
-    return {**compare_features(whole, occluded), "feature_std": variance.sum().sqrt()}
+    return nearest, {**metrics, "feature_std": variance.sum().sqrt()}
 
 
-# ---------------------------------------------------------------------------------------- Data
+# -------------------------------------------------------------------------------------- Config
 # Everything above this line needs only the standard library and torch: copy it.
 
 import argparse
 import io
+import itertools
 import json
 import os
 import signal
 import sys
+import threading
 import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import distributed, multiprocessing
-from torch.utils.data import DataLoader, Dataset
+from PIL import Image, ImageOps
+from torch import distributed
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import datasets
 from torchvision.ops import roi_align
 from torchvision.transforms.v2 import functional as tv
-from torchvision.utils import make_grid
+from torchvision.utils import save_image
 from tqdm import tqdm
 
-SHAPES = ["disc", "bar", "trefoil", "cross", "star", "flower"]  # classes of the synthetic images
-PIXEL_STATS = {  # mean and deviation of ImageNet's pixels, 0..255: RGB, grey
-    3: [(123.675, 58.395), (116.28, 57.12), (103.53, 57.375)],
-    1: [(114.5, 57.6)],
+SIZES = {  # --model: width, depth, heads
+    "nano": (128, 6, 4),
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
 }
+PRECISIONS = ("auto", "float32", "bfloat16")
+COMPILE = ("auto", "yes", "no")
 
 
 class Mistake(Exception):
     """A user's mistake. On the command line it becomes one line and exit status 2."""
 
 
+def option(default, help, low=None, high=None, **settings):
+    """A field that is also an option of the command line.
+
+    low, high: the least and the highest number allowed. settings: choices, or positional=True.
+    """
+    return field(default=default, metadata={"help": help, "limits": (low, high), **settings})
+
+
+@dataclass
+class Config:
+    """Every hyperparameter of pretraining."""
+
+    loss: str = option("infonce", "similarity, or crop", choices=LOSSES)
+    mask: str = option("random", "which patches are hidden", choices=MASKS)
+    mask_ratio: float = option(0.75, "share of hidden patches", 0, 1)
+    norm_pix: bool = option(True, "mae, relax: normalise every target patch")
+    relax_weight: float = option(1.0, "relax: lambda, the weight of the constraint", 0, 1e6)
+    temperature: float = option(0.2, "infonce, crop: tau", 1e-3, 1e3)
+    model: str = option("nano", "size of the encoder", choices=SIZES)
+    patch_size: int = option(4, "side of a patch in pixels; must divide --img-size", 1, 4096)
+    decoder_dim: int = option(0, "width, a multiple of 32; 0: the encoder's", 0, 8192)
+    decoder_depth: int = option(1, "number of blocks of the decoder", 0, 64)
+    data: str = option("synthetic", "synthetic, cifar10, cifar100, a folder or a photograph")
+    num_images: int = option(0, "size of a random subset; 0: all images", 0, 1e9)
+    img_size: int = option(32, "side of a crop in pixels", 1, 4096)
+    in_chans: int = option(3, "3: RGB, 1: grey", choices=(3, 1))
+    data_dir: str = option("data", "torchvision's download directory")
+    cache_gb: float = option(
+        1.0, "GiB of memory for images; a larger set is read as needed", 0, 1e6
+    )
+    workers: int = option(2, "number of processes that read files", 0, 256)
+    steps: int = option(300, "number of optimizer steps", 1, 1e9)
+    batch_size: int = option(128, "global batch size", 2, 1e6)
+    lr: float = option(1.5e-3, "peak learning rate", 1e-12, 1e3)
+    weight_decay: float = option(0.05, "weight decay, but not of biases and norms", 0, 1e3)
+    seed: int = option(0, "random seed", 0, 1e9)
+    out: str = option("", "folder of the run; empty: runs/LOSS-DATA")
+    resume: bool = option(False, "resume the run in that folder, or start it")
+    save_every: int = option(500, "steps between checkpoints", 1, 1e9)
+    device: str = option("auto", "auto, cpu, cuda, cuda:1 or mps")
+    precision: str = option("auto", "auto: bfloat16 where it is native", choices=PRECISIONS)
+    compile: str = option("auto", "auto: on CUDA, from 2,000 steps on", choices=COMPILE)
+
+
+def parse(cls, description, args):
+    """An instance of cls, a dataclass of options, from the command line."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.usage = argparse.SUPPRESS  # so that an error is one line
+    for f in fields(cls):
+        name = "--" + f.name.replace("_", "-")
+        settings = {"type": f.type}
+        if f.type is bool:
+            settings = {"action": argparse.BooleanOptionalAction}
+        if "positional" in f.metadata:
+            name = f.name
+            settings = {"nargs": "*" if f.type is tuple else "?"}
+        if "choices" in f.metadata:
+            settings["metavar"] = "{" + ",".join(map(str, f.metadata["choices"])) + "}"
+        text = f"{f.metadata['help']} [{f.default}]"
+        parser.add_argument(name, default=f.default, help=text, **settings)
+    return cls(**vars(parser.parse_args(args)))
+
+
+def convert(value, kind):
+    """value as bool, int, float, str or tuple of str. TypeError or ValueError if that changes it."""
+    if kind is tuple:
+        items = [value] if isinstance(value, (str, os.PathLike)) else value
+        return tuple(convert(item, str) for item in items)
+    if kind is str:
+        return str(os.fsdecode(value))  # a path becomes a string
+    if kind(value) != value:
+        raise ValueError
+    return kind(value)
+
+
+def check_values(config, world=1):
+    """Convert each value to its declared type. Raise Mistake for what an option does not allow.
+
+    world: number of processes, which share a batch.
+    """
+    for f in fields(config):
+        given = f"--{f.name.replace('_', '-')} {getattr(config, f.name)}"
+        try:
+            value = convert(getattr(config, f.name), f.type)
+        except (TypeError, ValueError, OverflowError):
+            raise Mistake(f"{given}: must be of type {f.type.__name__}") from None
+        setattr(config, f.name, value)
+        low, high = f.metadata["limits"]
+        if low is not None and not low <= value <= high:
+            raise Mistake(f"{given}: must be from {low:g} to {high:g}")
+        choices = f.metadata.get("choices", [value])
+        if value not in choices:
+            raise Mistake(f"{given}: must be one of {', '.join(map(str, choices))}")
+        if f.name == "patch_size" and config.img_size % value:
+            raise Mistake(f"{given}: must divide --img-size {config.img_size}")
+        if f.name == "batch_size" and (value % world or value < 2 * world):
+            raise Mistake(f"{given}: must be a multiple of {world}, at least {2 * world}")
+
+
+def check(config, world):
+    """Raise Mistake for what cannot be pretrained."""
+    check_values(config, world)
+    N = (config.img_size // config.patch_size) ** 2
+    if not 2 <= round(config.mask_ratio * N) < N:
+        limits = f"must hide at least 2 and not all of {N} patches"
+        raise Mistake(f"--mask-ratio {config.mask_ratio}: {limits}")
+    if config.decoder_dim % 32:
+        raise Mistake(f"--decoder-dim {config.decoder_dim}: must be a multiple of 32")
+    if config.norm_pix and config.patch_size == config.in_chans == 1:
+        raise Mistake("--patch-size 1: one grey value has no deviation; add --no-norm-pix")
+
+
+# ---------------------------------------------------------------------------------------- Data
+
+SHAPES = ["disc", "bar", "trefoil", "cross", "star", "flower"]  # classes of the synthetic images
+PIXEL_STATS = {  # mean and deviation of ImageNet's pixels, 0..255: RGB, grey
+    3: [(123.675, 58.395), (116.28, 57.12), (103.53, 57.375)],
+    1: [(114.5, 57.6)],
+}
+TRAIN_NAMES = ("train", "training", "train_set")  # of folders, in any case
+TEST_NAMES = ("test", "test_set", "val", "valid", "validation")
+Image.init()
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP", "AVIF")
+FORMATS = [name for name in FORMATS if name in Image.OPEN]  # an older Pillow lacks AVIF
+SUFFIXES = [suffix for suffix, name in Image.EXTENSION.items() if name in FORMATS]
+SUFFIXES = (*SUFFIXES, ".mpo")
+
+
 def synthetic_images(index, size, seed=0):
     """Dead leaves: shapes of all sizes that cover one another (Lee, Mumford, Huang, 2001).
 
-    Image i depends on (seed, i) alone. Its object, near the centre, has the shape SHAPES[i % 6].
+    Image i depends on (seed, i) alone. Its object, near the center, has the shape SHAPES[i % 6].
     index: n integers. Returns uint8 (n, 3, size, size).
     """
-    numbers = [np.random.default_rng([seed, i]).random((26, 8)) for i in index]
-    draws = torch.tensor(np.stack(numbers)).float()[..., None, None]  # (n, layers, 8, 1, 1)
+    leaves = 25  # painted one over the other, on a background
+    numbers = [np.random.default_rng([seed, i]).random((1 + leaves, 8)) for i in index]
+    u = torch.tensor(np.stack(numbers)).float()[..., None, None]  # (n, 1 + leaves, 8, 1, 1)
+    colors = u[:, :, 5:]
     y = torch.linspace(-1, 1, size)[:, None]
     x = torch.linspace(-1, 1, size)
-    images = draws[:, 0, 5:].expand(-1, -1, size, size)
-    for layer in range(1, 26):
-        u_x, u_y, u_turn, u_radius, u_depth = draws[:, layer, :5].unbind(1)  # (n, 1, 1) each
+    images = colors[:, 0].expand(-1, -1, size, size)
+    for leaf in range(1, 1 + leaves):
+        u_x, u_y, u_turn, u_radius, u_depth = u[:, leaf, :5].unbind(1)  # (n, 1, 1) each
         spread = 2.4
-        petals = 2
+        lobes = 2  # of the outline
         radius = 0.13 / (1 - 0.95 * u_radius).sqrt()
-        if layer == 23:  # the object, behind the last two leaves
+        if leaf == leaves - 2:  # the object; the last two leaves cover some of it
             spread = 0.8
-            petals = torch.tensor([0, 2, 3, 4, 5, 6])  # of SHAPES
-            petals = petals[torch.tensor(index) % 6][:, None, None]
+            lobes = torch.tensor([0, 2, 3, 4, 5, 6])  # of SHAPES
+            lobes = lobes[torch.tensor(index) % 6][:, None, None]
             radius = 0.4 + 0.2 * u_radius
         dx = x - spread * (u_x - 0.5)
         dy = y - spread * (u_y - 0.5)
         angle = torch.atan2(dy, dx) + 2 * math.pi * u_turn
-        edge = radius * (1 + (0.2 + 0.3 * u_depth) * (petals * angle).cos())
+        edge = radius * (1 + (0.2 + 0.3 * u_depth) * (lobes * angle).cos())
         alpha = (edge - torch.hypot(dx, dy)) * size / 2 + 0.5  # 1 inside, 0 outside
-        images = torch.lerp(images, draws[:, layer, 5:], alpha.clamp(0, 1)[:, None])
+        images = torch.lerp(images, colors[:, leaf], alpha.clamp(0, 1)[:, None])
     return (images * 255).round().byte()
 
 
 def find_images(folder, ancestors=()):
-    """Image files below folder. Follows links, but not to an ancestor; skips hidden files."""
+    """Image files below folder, and how many other files there are. Nothing is decoded yet.
+
+    Follows links, but not to an ancestor. Skips names that begin with a dot, and runs of ours.
+    """
     here = os.path.realpath(folder)
-    if here in ancestors:
-        return []
-    paths = []
-    for entry in os.scandir(folder):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            paths += find_images(entry.path, (*ancestors, here))
-        elif entry.name.lower().endswith(datasets.folder.IMG_EXTENSIONS):
-            paths.append(entry.path)
-    return sorted(paths)
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        warnings.warn(f"left out {folder}: {error.strerror}", stacklevel=1)
+        return [], 1
+    if here in ancestors or {"config.json", "log.jsonl"} <= {*names} or "occlusion.json" in names:
+        return [], 0
+    found = []
+    others = 0
+    for path in [os.path.join(folder, name) for name in names if name[0] != "."]:
+        is_image = path.lower().endswith(SUFFIXES)
+        if os.path.isdir(path):
+            found_below, others_below = find_images(path, (*ancestors, here))
+            found += found_below
+            others += others_below
+        elif is_image and os.path.isfile(path):
+            found.append(path)
+        else:
+            others += 1
+            if is_image:
+                warnings.warn(f"left out {path}: not a regular file", stacklevel=1)
+    return sorted(found), others
 
 
 def read_image(path, in_chans, side=None):
     """A file as uint8 (C, H, W), upright; with side, cropped to (C, side, side). None: damaged."""
     try:
-        with Image.open(path) as image:
-            if image.mode[0] in "IF":
+        with Image.open(path, formats=FORMATS) as image:
+            if image.mode.startswith(("I", "F")):
                 raise ValueError(f"pixels of mode {image.mode}; convert them to 8 bits")
             if side:
                 image.draft(None, (side, side))  # a large JPEG is decoded at 1/2, 1/4 or 1/8
@@ -567,10 +719,20 @@ def read_image(path, in_chans, side=None):
         return None
 
 
-def ignore_signals(worker):
-    """Let the training process handle Ctrl-C and SIGTERM, not its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def collate(items, full=False):
+    """A batch of those items that are not None; None if all are. full: others are repeated."""
+    good = [item for item in items if item is not None]
+    if full:
+        good = list(itertools.islice(itertools.cycle(good), len(items)))
+    return default_collate(good) if good else None
+
+
+def leave_group(worker):
+    """Take a worker out of the process group, whose signals are for the training alone."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+    else:  # on Windows
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @dataclass
@@ -583,9 +745,27 @@ class Images(Dataset):
     pixels: torch.Tensor | None = None  # uint8 (n, C, H, W)
     in_chans: int = 3
     side: int | None = None  # of files once read
+    source: str = ""  # the folder, or the name of the data set
+    left_out: int = 0  # files that are no images, or damaged, as far as is known
 
     def __len__(self):
         return len(self.names)
+
+    def __getitem__(self, i):
+        """Read a file: pixels (C, side, side), label and i; None if it is damaged."""
+        pixels = read_image(self.names[i], self.in_chans, self.side)
+        if pixels is None:
+            return None
+        return pixels, self.labels[i], i
+
+    def __str__(self):
+        classes = f" in {len(self.classes)} classes" if self.classes else ""
+        return f"{len(self)} images of {self.source}{classes}, files left out: {self.left_out}"
+
+    def short_names(self):
+        """Names without that of the folder, so that they stay the same when it is moved."""
+        names = [str(name).removeprefix(self.source + os.sep) for name in self.names]
+        return [os.path.basename(name) for name in names] if names == [self.source] else names
 
     def subset(self, index):
         """The images at index (n,)."""
@@ -602,18 +782,18 @@ class Images(Dataset):
         order = np.random.default_rng([seed, 1]).permutation(len(self))
         return self.subset(torch.from_numpy(order[:count]))
 
-    def __getitem__(self, i):
-        """Read a file: i and pixels, or -1 and zeros if it is damaged."""
-        pixels = read_image(self.names[i], self.in_chans, self.side)
-        if pixels is None:
-            return -1, torch.zeros(self.in_chans, self.side, self.side, dtype=torch.uint8)
-        return i, pixels
+    def loader(self, indices, workers, full=False, pin_memory=False):
+        """A DataLoader of the files at each index (B,) of indices."""
+        options = {"num_workers": workers, "worker_init_fn": leave_group, "pin_memory": pin_memory}
+        options["generator"] = torch.Generator()  # the global one is for crops and masks
+        options["batch_sampler"] = (index.tolist() for index in indices)
+        return DataLoader(self, collate_fn=partial(collate, full=full), **options)
 
-    def batches(self, indices, device, workers=0, fill=False):
-        """For each index (B,) of indices: pixels (B, C, H, W), uint8, and labels (B,), on device.
+    def batches(self, indices, device, workers=0, full=False):
+        """Yield pixels (B, C, H, W), uint8, and labels (B,) on device for each batch of indices.
 
-        The pixels of a set of one image are (1, C, H, W). Damaged files are left out; with fill,
-        other images of the batch are repeated in their place.
+        The pixels of a set of one image are (1, C, H, W). Damaged files are left out, or if the
+        batch has to be full, replaced by others of it. Raises Mistake if all of them are damaged.
         """
         if self.pixels is not None:
             pixels = self.pixels.to(device)
@@ -622,91 +802,141 @@ class Images(Dataset):
                 index = index.to(device, non_blocking=True)
                 yield pixels if len(self) == 1 else pixels[index], labels[index]
             return
-        options = {"num_workers": workers, "worker_init_fn": ignore_signals}
-        options["pin_memory"] = torch.cuda.is_available()
-        options["generator"] = torch.Generator()  # the global one is for crops and masks
-        options["batch_sampler"] = (index.tolist() for index in indices)
-        for index, pixels in DataLoader(self, **options):
-            good = (index >= 0).nonzero()[:, 0]
-            if fill and len(good) == 0:
-                raise Mistake(f"--data: no image of a whole batch can be read; see {self.names[0]}")
-            if fill:
-                good = good[torch.arange(len(index)) % len(good)]
-            if len(good) > 0:
-                labels = self.labels[index[good]].to(device)
-                yield pixels.to(device, non_blocking=True)[good.to(device)], labels
+        for batch in self.loader(indices, workers, full, device.type == "cuda"):
+            if batch is None:
+                raise Mistake(f"--data {self.source}: none of the files of a batch can be read")
+            yield batch[0].to(device, non_blocking=True), batch[1].to(device)
+
+
+def find_split(root, train, labelled):
+    """The folder, root or one in it, with the images to train or else to test on. Raises Mistake."""
+    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and path.name[0] != "."]
+    named = {path.name.lower(): path for path in folders}
+    trains = [named[name] for name in TRAIN_NAMES if name in named]
+    tests = [named[name] for name in TEST_NAMES if name in named]
+    others = trains[1:] + [path for path in folders if path not in trains + tests]
+    others = [path.name for path in others if trains and find_images(path)[0]]
+    if others:
+        raise Mistake(f"--data {root}: images in {trains[0].name} and beside it ({others[0]})")
+    if train and tests and not trains:
+        raise Mistake(f"--data {root}: has a folder {tests[0].name}, but none named train")
+    if train:
+        return trains[0] if trains else root
+    for path in tests:
+        if not labelled or any(below.is_dir() for below in path.iterdir()):
+            return path
+    if labelled or trains:
+        raise Mistake(f"--data {root}: has no folder test or val to report on")
+    return root
 
 
 def find_files(config, train, labelled):
-    """Images, none of them read yet, of the folder or the photograph that config.data names."""
+    """Images, none of them read yet, of the folder or the photograph that config.data names.
+
+    labelled: the class is the folder directly below train or test, whatever lies below that.
+    """
     root = Path(config.data)
     if root.is_file():
-        return Images([config.data], torch.tensor([0]), [])
-    parts = [root / "train"] if train else [root / "test", root / "val"]
-    folder = next((part for part in parts if part.is_dir()), root)
-    if folder == root and not train and (labelled or (root / "train").is_dir()):
-        raise Mistake(f"--data {root}: has no folder test or val to report on")
-    names = find_images(folder) if folder.is_dir() else []
-    if labelled:  # the class is the folder directly under train, test or val
-        names = [name for name in names if Path(name).parent != folder]
-    if not names:
+        return Images([config.data], torch.tensor([0]), [], source=config.data)
+    if not root.is_dir():
         allowed = "synthetic, cifar10, cifar100, a folder of images or a photograph"
-        raise Mistake(f"--data {config.data}: no images found; must be {allowed}")
-    owners = [Path(name).relative_to(folder).parts[0] if labelled else "" for name in names]
-    classes, labels = np.unique(owners, return_inverse=True)
-    return Images(names, torch.from_numpy(labels), classes.tolist())
+        raise Mistake(f"--data {config.data}: not found; must be {allowed}")
+    folder = find_split(root, train, labelled)
+    parts = [folder]
+    if labelled:
+        parts = [path for path in sorted(folder.iterdir()) if path.is_dir()]
+        parts = [path for path in parts if path.name[0] != "."]
+    images = Images([], [], [], source=str(folder))
+    for label, part in enumerate(parts):
+        found, others = find_images(part)
+        if not found:
+            raise Mistake(f"--data {config.data}: no images found in {part}")
+        images.names += found
+        images.labels += [label] * len(found)
+        images.left_out += others
+    if not parts:
+        raise Mistake(f"--data {config.data}: {folder} has no folder for each class")
+    classes = [path.name for path in parts] if labelled else []
+    return replace(images, labels=torch.tensor(images.labels), classes=classes)
+
+
+def stored_side(images, img_size):
+    """The side of the squares that files become: one to two times that of a crop.
+
+    It is judged by the first file that can be read. Raises Mistake if none can.
+    """
+    found = (read_image(name, images.in_chans) for name in images.names)
+    pixels = next((pixels for pixels in found if pixels is not None), None)
+    if pixels is None:
+        raise Mistake(f"--data {images.source}: none of {len(images)} images can be read")
+    return min(max(min(pixels.shape[1:]), img_size), 2 * img_size)
 
 
 def read_files(images, config):
-    """Read all files into memory, unless they need more than config.cache_gb.
+    """Read all files into memory, unless they need more than config.cache_gb. Raises Mistake.
 
-    Files become squares of one to two times the side of a crop, judged by the first one. A single
-    photograph keeps its shape; its shorter side is at most 16 crops.
+    A single photograph keeps its shape; its shorter side is at most 16 crops.
     """
     n = len(images)
-    found = (read_image(name, config.in_chans) for name in images.names)
-    first = next((pixels for pixels in found if pixels is not None), None)
-    if first is None:
-        raise Mistake(f"--data {config.data}: none of {n} images can be read")
-    side = min(first.shape[1:])
     if n == 1:
-        return replace(images, pixels=tv.resize(first[None], [min(side, 16 * config.img_size)]))
-    images.in_chans = config.in_chans
-    images.side = min(max(side, config.img_size), 2 * config.img_size)
-    if n * config.in_chans * images.side**2 > config.cache_gb * 2**30:
+        pixels = read_image(images.names[0], config.in_chans)
+        if pixels is None:
+            raise Mistake(f"--data {images.source}: {images.names[0]} cannot be read")
+        side = min(*pixels.shape[1:], 16 * config.img_size)
+        return replace(images, pixels=tv.resize(pixels[None], [side]))
+    shape = (n, images.in_chans, images.side, images.side)
+    if math.prod(shape) > config.cache_gb * 2**30:
         return images
-    numbered = replace(images, labels=torch.arange(n))  # to learn which files could be read
-    workers = config.workers if n > 1000 else 0
-    batches = numbered.batches(torch.arange(n).split(256), "cpu", workers)
-    pixels, index = map(torch.cat, zip(*batches))
-    return replace(images.subset(index), pixels=pixels)
+    pixels = torch.empty(shape, dtype=torch.uint8)
+    found = []
+    for batch in images.loader(torch.arange(n).split(256), config.workers if n > 1000 else 0):
+        if batch is not None:
+            start = len(found)
+            found += batch[2].tolist()
+            pixels[start : len(found)] = batch[0]
+    read = images.subset(torch.tensor(found))
+    left_out = images.left_out + n - len(found)
+    return replace(read, pixels=pixels[: len(found)], left_out=left_out)
+
+
+def open_cifar(config, train):
+    """CIFAR-10 or CIFAR-100 as Images. The first process downloads it. Raises Mistake."""
+    several = distributed.is_initialized()
+    if several and distributed.get_rank() > 0:
+        distributed.barrier()
+    try:
+        kind = getattr(datasets, config.data.upper())
+        cifar = kind(config.data_dir, train=train, download=True)
+    except Exception as error:  # noqa: BLE001 (network, disk or archive)
+        raise Mistake(f"--data {config.data}: cannot be downloaded or read ({error})") from None
+    if several and distributed.get_rank() == 0:
+        distributed.barrier()
+    pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2)
+    names = range(len(pixels))
+    return Images(names, torch.tensor(cifar.targets), cifar.classes, pixels, source=config.data)
 
 
 def open_data(config, train=True, labelled=False, count=0):
-    """The Images that config.data names: those to train on, or else to test on.
+    """The Images that config.data names: those to train on, or else to test on. Raises Mistake.
 
     labelled: a folder has a folder for each class. count: size of a random subset; 0: all.
     """
     if config.data == "synthetic":
         index = torch.arange(5000) if train else torch.arange(5000, 6000)
-        images = Images(index.tolist(), index % 6, SHAPES)
+        images = Images(index.tolist(), index % 6, SHAPES, source="synthetic")
     elif config.data in ("cifar10", "cifar100"):
-        kind = getattr(datasets, config.data.upper())
-        try:
-            cifar = kind(config.data_dir, train=train, download=True)
-        except Exception as error:  # noqa: BLE001 (network, disk or archive)
-            raise Mistake(f"--data {config.data}: cannot be downloaded or read ({error})") from None
-        pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2)
-        images = Images(range(len(pixels)), torch.tensor(cifar.targets), cifar.classes, pixels)
+        images = open_cifar(config, train)
     else:
         images = find_files(config, train, labelled)
+        images.in_chans = config.in_chans
+        images.side = stored_side(images, config.img_size)
     images = images.sample(count, config.seed)
+    if images.side:
+        return read_files(images, config)
     if config.data == "synthetic":
         side = config.img_size if len(images) > 1 else 8 * config.img_size  # crops of all scales
         parts = torch.tensor(images.names).split(100)
         images.pixels = torch.cat([synthetic_images(part.tolist(), side) for part in parts])
-    elif images.pixels is None:
-        return read_files(images, config)
     if config.in_chans == 1:
         images.pixels = tv.rgb_to_grayscale(images.pixels)
     return images
@@ -764,7 +994,7 @@ def jitter_colors(images, u):
 
 
 def batch_order(n, batch_size, steps, seed):
-    """Per step, the index (batch_size / WORLD,) of this process. An epoch takes each of n once."""
+    """Per step, the index (batch_size,) of its images. An epoch takes each of n once."""
     generator = torch.Generator().manual_seed(seed)
     waiting = torch.zeros(0, dtype=torch.int64)
     for _ in range(steps):
@@ -772,112 +1002,16 @@ def batch_order(n, batch_size, steps, seed):
             count = math.ceil(batch_size / n)
             epochs = [torch.randperm(n, generator=generator) for _ in range(count)]
             waiting = torch.cat([waiting, *epochs])
-        yield waiting[:batch_size][MINE]
+        yield waiting[:batch_size]
         waiting = waiting[batch_size:]
-
-
-# -------------------------------------------------------------------------------------- Config
-
-SIZES = {  # --model: width, depth, heads
-    "nano": (128, 6, 4),
-    "tiny": (192, 12, 3),
-    "small": (384, 12, 6),
-    "base": (768, 12, 12),
-    "large": (1024, 24, 16),
-    "huge": (1280, 32, 16),
-}
-PRECISIONS = ("auto", "float32", "bfloat16")
-
-
-def option(default, help, **settings):
-    """A field that is also an option of the command line, or with nargs a positional argument."""
-    return field(default=default, metadata={"help": f"{help} [{default}]", **settings})
-
-
-@dataclass
-class Config:
-    """Every hyperparameter of pretraining."""
-
-    loss: str = option("infonce", "similarity, or crop", choices=LOSSES)
-    mask: str = option("random", "which patches are hidden", choices=MASKS)
-    mask_ratio: float = option(0.75, "share of hidden patches")
-    norm_pix: bool = option(True, "mae, relax: normalise every target patch")
-    relax_weight: float = option(1.0, "relax: lambda, the weight of the constraint")
-    temperature: float = option(0.2, "infonce, crop: tau")
-    model: str = option("nano", "size of the encoder", choices=SIZES)
-    patch_size: int = option(4, "side of a patch in pixels")
-    decoder_dim: int = option(0, "width of the decoder, a multiple of 32; 0: the encoder's")
-    decoder_depth: int = option(1, "number of blocks of the decoder")
-    data: str = option("synthetic", "synthetic, cifar10, cifar100, a folder or a photograph")
-    num_images: int = option(0, "size of a random subset; 0: all images")
-    img_size: int = option(32, "side of a crop in pixels")
-    in_chans: int = option(3, "3: RGB, 1: grey", choices=(3, 1))
-    data_dir: str = option("data", "where torchvision keeps its data sets")
-    cache_gb: float = option(1.0, "GiB of memory for a folder; a larger one is streamed")
-    workers: int = option(2, "number of processes that read files")
-    steps: int = option(300, "number of optimizer steps")
-    batch_size: int = option(128, "images in a step, over all processes")
-    lr: float = option(1.5e-3, "peak learning rate")
-    weight_decay: float = option(0.05, "weight decay, but not of biases and norms")
-    seed: int = option(0, "random seed")
-    out: str = option("", "folder of the run; empty: runs/LOSS-DATA")
-    resume: bool = option(False, "resume the run in that folder")
-    save_every: int = option(500, "steps between checkpoints")
-    device: str = option("auto", "auto, cpu, cuda or mps")
-    precision: str = option("auto", "auto: bfloat16 where it is native", choices=PRECISIONS)
-    compile: str = option("auto", "auto: CUDA, 2,000 steps or more", choices=("auto", "yes", "no"))
-
-
-def parse(cls, description, args):
-    """An instance of cls, a dataclass of options, from the command line."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.usage = argparse.SUPPRESS  # so that an error is one line
-    for f in fields(cls):
-        name = f.name if "nargs" in f.metadata else "--" + f.name.replace("_", "-")
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        parser.add_argument(name, default=f.default, **{**kind, **f.metadata})
-    return cls(**vars(parser.parse_args(args)))
-
-
-def check_values(config):
-    """Raise Mistake for a value out of range, or a size that does not fit. For all scripts."""
-    at_least_1 = ("steps", "save_every", "img_size", "patch_size", "mask_seeds")
-    shares = ("mask_ratio", "layer_decay", "min_crop_scale", "drop_path", "label_smoothing")
-    highest = {"img_size": 4096, "workers": 256, "decoder_depth": 64, **dict.fromkeys(shares, 1)}
-    for f in fields(config):
-        value = getattr(config, f.name)
-        given = f"--{f.name.replace('_', '-')} {value}"
-        low = 1 if f.name in at_least_1 else 0
-        high = highest.get(f.name, 1e9)
-        if f.type in (int, float) and not low <= value <= high:
-            raise Mistake(f"{given}: must be from {low} to {high:g}")
-        if f.name in ("lr", "temperature") and value == 0:
-            raise Mistake(f"{given}: must be more than 0")
-        if value not in f.metadata.get("choices", [value]):
-            raise Mistake(f"{given}: must be one of {', '.join(map(str, f.metadata['choices']))}")
-        if f.name == "patch_size" and config.img_size % value:
-            raise Mistake(f"{given}: must divide --img-size {config.img_size}")
-        if f.name == "batch_size" and (value % WORLD or value < 2 * WORLD):
-            raise Mistake(f"{given}: must be a multiple of {WORLD}, at least {2 * WORLD}")
-
-
-def check(config):
-    """Raise Mistake for what cannot be pretrained."""
-    check_values(config)
-    N = (config.img_size // config.patch_size) ** 2
-    if not 2 <= round(config.mask_ratio * N) < N:
-        limits = f"must hide at least 2 and not all of {N} patches"
-        raise Mistake(f"--mask-ratio {config.mask_ratio}: {limits}")
 
 
 # ------------------------------------------------------------------------------------ Training
 
 LOG_EVERY = 20
-MAY_CHANGE = ("steps", "out", "resume", "save_every", "workers", "device", "compile")
-RANK = int(os.environ.get("RANK", "0"))  # torchrun starts WORLD processes; the first one writes
-WORLD = int(os.environ.get("WORLD_SIZE", "1"))
-MINE = slice(RANK, None, WORLD)  # the rows of a batch that this process takes
+OUTPUTS = ("config.json", "images.txt", "log.jsonl", "checkpoint.pt", "views.png")
+MAY_CHANGE = ("data", "data_dir", "cache_gb", "workers", "steps", "out", "resume", "save_every")
+MAY_CHANGE += ("device", "compile", "checkpoint")
 
 
 def seed_all(seed, stream):
@@ -902,72 +1036,93 @@ def decay_groups(parameters, weight_decay, lr_scale=1.0):
     return [{**group, "lr_scale": lr_scale} for group in (decayed, others)]
 
 
-def pick_device(config):
+def launched_processes():
+    """Rank of this process and number of processes, as torchrun sets them. Raises Mistake."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world == "1":
+        return 0, 1
+    numbers = {name: os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "MASTER_PORT")}
+    wrong = [name for name, number in numbers.items() if not number.isdecimal()]
+    wrong += [] if "MASTER_ADDR" in os.environ else ["MASTER_ADDR"]
+    if wrong or not world.isdecimal() or int(numbers["RANK"]) >= int(world):
+        wrong = ", ".join(wrong) or "RANK"
+        raise Mistake(f"WORLD_SIZE={world}: {wrong} does not go with it; use torchrun, or unset it")
+    return int(numbers["RANK"]), int(world)
+
+
+def pick_device(config, world=1):
     """The device that config asks for, and autocast to bfloat16, if that is native or asked for."""
     name = config.device
     if name == "auto":
-        name = getattr(torch.accelerator.current_accelerator(True), "type", "cpu")
+        name = "cpu"
+        if torch.accelerator.is_available():
+            name = torch.accelerator.current_accelerator().type
     try:
-        if WORLD > 1 and name == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.zeros(1, device=name).item()
+        device = torch.device(name)
+        if world > 1 and device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        torch.zeros(1, device=device).item()
     except Exception as error:  # noqa: BLE001 (each backend has its own)
         raise Mistake(f"--device {name}: {str(error).splitlines()[0]}; try auto") from None
-    if WORLD > 1 and not distributed.is_initialized():
+    if world > 1:
         distributed.init_process_group()
-    native = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if name == "cpu":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions lack it
-        native = capabilities.get("avx512_bf16", False)
+    native = False
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # older versions lack it
+        native = torch.cpu.get_capabilities().get("avx512_bf16", False)
     enabled = native if config.precision == "auto" else config.precision == "bfloat16"
-    return torch.device(name), torch.autocast(name, torch.bfloat16, enabled=enabled)
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
-def wrap(model, config, device):
+def compile_and_distribute(model, config, device, world):
     """The model, compiled if the run is long enough to pay for it, distributed if need be."""
     pays = device.type == "cuda" and config.steps >= 2000
     if config.compile == "yes" or (config.compile == "auto" and pays):
         # CUDA graphs: without them, launching a thousand kernels a step is the bottleneck
-        model = torch.compile(model, mode="reduce-overhead" if WORLD == 1 else "default")
-    return nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+        model = torch.compile(model, mode="reduce-overhead" if world == 1 else "default")
+    return nn.parallel.DistributedDataParallel(model) if world > 1 else model
+
+
+def end_processes():
+    """Wait for the other processes, then part from them: the first one goes on alone."""
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
+@contextmanager
+def handle_signals(handler):
+    """Let handler take Ctrl-C and SIGTERM; outside the main thread Python allows none."""
+    before = []
+    if threading.current_thread() is threading.main_thread():
+        before = [(n, signal.signal(n, handler)) for n in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        yield
+    finally:
+        for number, previous in before:
+            signal.signal(number, previous)
 
 
 @contextmanager
 def command_line():
-    """Turn a Mistake into one line and exit status 2. Leave no worker and no process behind."""
-    warnings.showwarning = lambda message, *_: print(message, file=sys.stderr)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for names that are not UTF-8
-    try:
-        yield
-        if distributed.is_initialized():
-            distributed.barrier()  # a process that exits early can abort the others
-            distributed.destroy_process_group()
-    except Mistake as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    finally:  # workers ignore SIGTERM, so Python would wait for them at exit
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for worker in multiprocessing.active_children():
-            worker.kill()
+    """Turn a Mistake, or Ctrl-C before the first step, into one line and an exit status."""
 
+    def interrupt(number, frame):
+        raise KeyboardInterrupt(number)
 
-@contextmanager
-def catch_signals():
-    """A list to which Ctrl-C and SIGTERM are appended. A second one ends the program at once."""
-    received = []
-
-    def catch(number, frame):
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    handler = catch if RANK == 0 else signal.SIG_IGN  # torchrun ends the others
-    before = [(n, signal.signal(n, handler)) for n in (signal.SIGINT, signal.SIGTERM)]
-    try:
-        yield received
-    finally:
-        for number, previous in before:
-            signal.signal(number, previous)
+    name = Path(sys.argv[0]).name
+    with warnings.catch_warnings(), handle_signals(interrupt):
+        warnings.showwarning = lambda message, *_: print(message, file=sys.stderr)
+        try:
+            yield
+        except Mistake as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except KeyboardInterrupt as error:
+            print(f"{name}: stopped", file=sys.stderr)
+            raise SystemExit(128 + (error.args or [signal.SIGINT])[0]) from None
 
 
 @contextmanager
@@ -981,7 +1136,8 @@ def writing(path):
 
 def write_text(path, text, mode="w"):
     """Write or append. Names of files may hold bytes that are not UTF-8."""
-    with writing(path), open(path, mode, encoding="utf-8", errors="surrogateescape") as file:
+    how = {"encoding": "utf-8", "errors": "surrogateescape", "newline": "\n"}
+    with writing(path), open(path, mode, **how) as file:
         file.write(text)
 
 
@@ -1006,21 +1162,31 @@ def load_checkpoint(path):
         raise Mistake(f"{path}: cannot be loaded ({reason})") from None
 
 
-def start_run(config):
-    """Make the folder of the run. Returns the checkpoint to resume, or {}. Raises Mistake."""
+def read_run(config, outputs):
+    """The checkpoint of the run to resume; {} if there is none yet. Raises Mistake.
+
+    outputs: files that a run writes. A folder that holds one of them belongs to a run, or to somebody.
+    """
     folder = Path(config.out)
-    if not (config.resume and (folder / "checkpoint.pt").exists()):
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "checkpoint.pt").exists():
-            raise Mistake(f"--out {folder}: has a run; add --resume, or choose another folder")
+    found = [name for name in outputs if (folder / name).exists()]
+    if not found:
+        return {}
+    if not config.resume:
+        hint = "add --resume to resume that run, or choose another folder"
+        raise Mistake(f"--out {folder}: has a run, or its {found[0]}; {hint}")
+    try:
+        before = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        before = {}
+    if not isinstance(before, dict) or set(before) != set(asdict(config)):
+        raise Mistake(f"--out {folder}: {found[0]} is not of a run of this script and version")
+    for name, value in asdict(config).items():
+        if name not in MAY_CHANGE and before[name] != value:
+            given = f"--{name.replace('_', '-')} {value}"
+            raise Mistake(f"{given}: this run was started with {before[name]}")
+    if "checkpoint.pt" not in found:
         return {}
     content = load_checkpoint(folder / "checkpoint.pt")
-    before = content.get("config", {})
-    for name, value in asdict(config).items():
-        if name not in MAY_CHANGE and before.get(name) != value:
-            given = f"--{name.replace('_', '-')} {value}"
-            raise Mistake(f"{given}: the run has {before.get(name)}")
     if content["step"] > config.steps:
         raise Mistake(f"--steps {config.steps}: the run is at step {content['step']} already")
     if before["steps"] != config.steps:
@@ -1028,136 +1194,117 @@ def start_run(config):
     return content
 
 
-def write_start(config, images, log):
-    """Write config.json, images.txt, and the lines of log.jsonl so far. Raises Mistake."""
+def claim_folder(config, images, log):
+    """Make the folder of the run; write config.json, images.txt and the log so far."""
     folder = Path(config.out)
-    names = "".join(f"{name}\n" for name in images.names)
-    if log and (folder / "images.txt").read_bytes() != os.fsencode(names):
+    names = "".join(f"{name}\n" for name in images.short_names())
+    path = folder / "images.txt"
+    if log and not (path.exists() and path.read_bytes() == os.fsencode(names)):
         raise Mistake(f"--data {config.data}: not the images that the run began with")
-    if RANK == 0:
-        write_text(folder / "config.json", json.dumps(asdict(config), indent=2) + "\n")
-        write_text(folder / "images.txt", names)
-        write_text(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in log))
-
-
-def save_picture(path, rows, columns=()):
-    """Write rows, {label: images (n, 3, H, W) in 0..1}, below the labels of the columns."""
-    images = torch.cat(list(rows.values())).cpu()
-    images = F.interpolate(images, scale_factor=math.ceil(96 / images.shape[-1]))  # not blurred
-    grid = make_grid(images.clamp(0, 1), len(images) // len(rows), padding=4, pad_value=1.0)
-    top = 24 if columns else 0
-    picture = ImageOps.expand(tv.to_pil_image(grid), (170, top, 0, 0), "white")
-    text = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(16)
-    for i, label in enumerate(rows):
-        y = top + (images.shape[2] + 4) * (i + 0.5)
-        text.text((8, y), label, "black", font, anchor="lm")
-    for i, label in enumerate(columns):
-        x = 170 + (images.shape[3] + 4) * (i + 0.5)
-        text.text((x, 12), label, "black", font, anchor="mm")
-    with writing(path):
-        picture.save(path)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(asdict(config), indent=2) + "\n"
+    write_text(folder / "config.json", text, "w" if config.resume else "x")  # x: only if new
+    write_text(path, names)
+    write_text(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in log))
 
 
 @torch.no_grad()
 def draw(model, images, visible, hidden, path):
-    """Write a picture of images (B, C, H, W): masked, reconstructed, and their features.
+    """Write a picture of images (B, C, H, W), a column each of the first 8. Its rows: the image, its
+    visible patches, the whole image that these find, and for mae and relax the reconstruction.
 
-    Colours are the first three principal components of the tokens. With norm_pix, reconstructed
-    patches get the mean and deviation of the originals.
+    With norm_pix, reconstructed patches get the mean and deviation of the originals.
     """
     encoder = model.encoder
     x = patchify(images, encoder.patch_size)  # (B, N, P)
-    target = gather_tokens(x, hidden)  # (B, K, P)
-    z1 = encoder(images, visible)  # (B, 1 + V, D)
-    shown = {"image": target, "visible patches": torch.zeros_like(target)}
+    place = hidden[..., None].expand(-1, -1, x.shape[2])
+    nearest, _ = measure_invariance(encoder, images, visible)
+    rows = [x, x.scatter(1, place, 0.0), x[nearest]]
     if isinstance(model, RelaxMIM) and model.predicts == "pixels":
-        pred = model.decoder(z1, visible, hidden)
+        pred = model.decoder(encoder(images, visible), visible, hidden)
         if model.norm_pix:
+            target = x.gather(1, place)  # (B, K, P)
             pred = pred * target.std(-1, keepdim=True) + target.mean(-1, keepdim=True)
-        shown["reconstruction"] = pred
-    rows = {}
-    for label, patches in shown.items():
-        pasted = x.scatter(1, hidden[..., None].expand_as(patches), patches)
-        pixels = denormalize(unpatchify(pasted, encoder.grid, encoder.patch_size))
-        rows[label] = (pixels / 255).expand(-1, 3, -1, -1)
-    whole = encoder(images)[:, 1:]  # (B, N, D)
-    center = whole.mean(dim=0, keepdim=True)  # (1, N, D)
-    index = visible[..., None].expand_as(z1[:, 1:])
-    occluded = center.repeat(len(x), 1, 1).scatter(1, index, z1[:, 1:])
-    _, _, axes = torch.linalg.svd((whole - center).flatten(0, 1), full_matrices=False)
-    for label, tokens in (("features of the image", whole), ("of its visible patches", occluded)):
-        colors = (tokens - center) @ axes[:3].T  # (B, N, 3)
-        colors = colors / (4 * colors.std(dim=(0, 1))) + 0.5  # mostly in 0..1
-        colors = colors.mT.unflatten(2, encoder.grid)  # (B, 3, rows, cols)
-        rows[label] = F.interpolate(colors, scale_factor=encoder.patch_size)
-    save_picture(path, rows)
+        rows.append(x.scatter(1, place, pred))
+    patches = torch.cat([row[:8] for row in rows])
+    pixels = denormalize(unpatchify(patches, encoder.grid, encoder.patch_size)) / 255
+    pixels = F.interpolate(pixels, scale_factor=math.ceil(96 / pixels.shape[-1]))  # not blurred
+    with writing(path):
+        save_image(pixels.clamp(0, 1), path, nrow=8, padding=4, pad_value=1.0)
 
 
 def train(config):
     """Pretrain. Returns the last line of the log, a dict. Raises Mistake."""
-    check(config)
+    rank, world = launched_processes()
+    mine = slice(rank, None, world)  # the rows of a batch that this process takes
+    check(config, world)
     suffix = f"-{config.num_images}" if config.num_images else ""
     config.out = config.out or f"runs/{config.loss}-{Path(config.data).stem}{suffix}"
     folder = Path(config.out)
     B = config.batch_size
-    device, autocast = pick_device(config)
-    resumed = start_run(config)
-    dataset = open_data(config, count=config.num_images)
+    resumed = read_run(config, OUTPUTS)
     first = resumed.get("step", 0)
     log = resumed.get("log", [])
-    write_start(config, dataset, log)
+    device, autocast = pick_device(config, world)
+    dataset = open_data(config, count=config.num_images)
 
     seed_all(config.seed, 2**32)
     encoder = ViT(config.img_size, config.patch_size, config.in_chans, *SIZES[config.model])
+    names = ("mask_ratio", "decoder_dim", "decoder_depth", "norm_pix", "relax_weight")
+    options = {name: getattr(config, name) for name in (*names, "temperature")}
     if config.loss == "crop":
-        model = CropContrast(encoder, config.temperature).to(device)
-    else:
-        names = ("mask_ratio", "decoder_dim", "decoder_depth", "norm_pix", "relax_weight")
-        options = {name: getattr(config, name) for name in (*names, "temperature")}
-        model = LOSSES[config.loss](encoder, **options).to(device)
+        options = {"temperature": config.temperature}
+    model = LOSSES[config.loss](encoder, **options).to(device)
     groups = decay_groups(model.parameters(), config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
-    parts = {**dict(model.named_children()), "optimizer": optimizer}  # saved one by one
-    for name, part in parts.items():
-        if resumed:
-            part.load_state_dict(resumed[name])
-    net = wrap(model, config, device)
+    if resumed:
+        model.load_state_dict(resumed["model"])
+        optimizer.load_state_dict(resumed["optimizer"])
+    net = compile_and_distribute(model, config, device, world)
     sample_mask = partial(MASKS[config.mask], grid=encoder.grid, ratio=config.mask_ratio)
 
     seed_all(config.seed, 2**32 + 1)  # 64 fixed crops and masks to measure invariance on
     index = torch.randperm(max(64, len(dataset)))[:64] % len(dataset)
-    pixels, _ = next(dataset.batches([index], device, fill=True))
+    pixels, _ = next(dataset.batches([index], device, full=True))
     images = normalize(random_crops(pixels, config.img_size, torch.rand(64, 5, device=device)))
-    visible, hidden = sample_mask(64, device=device)
-    probe = (encoder, images, visible)
-    picture = (images[:8], visible[:8], hidden[:8], folder / "views.png")
-    claim = "masked images that find their own whole image among 64: {retrieval:.0%}"
-    if RANK == 0:
-        print(f"images: {len(dataset)}, steps: {config.steps}, batch: {B}, device: {device}")
-        print("at the start:", claim.format(**measure_invariance(*probe)))
+    views = (images, *sample_mask(64, device=device))
+    probe = (encoder, images, views[1])
+    _, at_start = measure_invariance(*probe)
+    claim = f"masked images that find their own whole image among 64: {at_start['retrieval']:.0%}"
+    if rank == 0:
+        claim_folder(config, dataset, log)
+        print(f"data: {dataset}")
+        print(f"training: {config.steps} steps of {B} images on {device}")
+        print(claim)
 
-    order = islice(batch_order(len(dataset), B, config.steps, config.seed), first, None)
-    batches = dataset.batches(order, device, config.workers, fill=True)
-    bar = tqdm(batches, total=config.steps, initial=first, mininterval=2, disable=RANK > 0)
-    with catch_signals() as received:
+    order = itertools.islice(batch_order(len(dataset), B, config.steps, config.seed), first, None)
+    batches = dataset.batches((i[mine] for i in order), device, config.workers, full=True)
+    bar = tqdm(batches, total=config.steps, initial=first, mininterval=2, disable=rank > 0)
+    received = []  # signals
+
+    def catch(number, frame):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
+
+    with handle_signals(catch if rank == 0 else signal.SIG_IGN):  # torchrun ends the others
         for step, (pixels, _) in enumerate(bar, first + 1):
             seed_all(config.seed, step)  # everything random in a step is a function of its number
             lr = learning_rate(step - 1, config)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
 
-            u = torch.rand(B, 5, device=device)[MINE]
+            u = torch.rand(B, 5, device=device)[mine]
             crops = random_crops(pixels, config.img_size, u)
             if config.loss == "crop":
-                u = torch.rand(B, 5, device=device)[MINE]
+                u = torch.rand(B, 5, device=device)[mine]
                 crops2 = random_crops(pixels, config.img_size, u)
-                crops = jitter_colors(crops, torch.rand(B, 4, device=device)[MINE])
-                crops2 = jitter_colors(crops2, torch.rand(B, 4, device=device)[MINE])
+                crops = jitter_colors(crops, torch.rand(B, 4, device=device)[mine])
+                crops2 = jitter_colors(crops2, torch.rand(B, 4, device=device)[mine])
                 inputs = (normalize(crops), normalize(crops2))
             else:
                 visible, hidden = sample_mask(B, device=device)
-                inputs = (normalize(crops), visible[MINE], hidden[MINE])
+                inputs = (normalize(crops), visible[mine], hidden[mine])
             with autocast:
                 loss, metrics = net(*inputs)
             loss.backward()
@@ -1176,26 +1323,31 @@ def train(config):
                 record["loss"] = loss.item()
                 record["lr"] = lr
                 record["grad_norm"] = grad_norm.item()
-                metrics = {**metrics, **measure_invariance(*probe)}
+                metrics.update(measure_invariance(*probe)[1])
                 record.update({name: float(value) for name, value in metrics.items()})
                 log.append(record)
-                bar.set_postfix(epoch=record["epoch"], loss=f"{record['loss']:.3f}", refresh=False)
-            if is_log_step and RANK == 0:
+                bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
+            if is_log_step and rank == 0:
                 write_text(folder / "log.jsonl", json.dumps(record) + "\n", "a")
-            if is_save_step and RANK == 0:
+            if is_save_step and rank == 0:
                 content = {"config": asdict(config), "step": step, "log": log}
-                content.update({name: part.state_dict() for name, part in parts.items()})
+                content["encoder"] = encoder.state_dict()
+                content["model"] = model.state_dict()  # the encoder too, and all beside it
+                content["optimizer"] = optimizer.state_dict()
                 save_checkpoint(folder, content)
             if stopped:
                 break
     bar.close()
-    if log[-1]["step"] < config.steps:
+    if received and step < config.steps:
         print(f"stopped after step {step}; add --resume to the command to resume the run")
         raise SystemExit(128 + received[0])
-    if RANK == 0:
-        draw(model, *picture)
-        print("at the end:", claim.format(**log[-1]))
-        print(", ".join(f"{name} {value:.4g}" for name, value in log[-1].items()))
+    end_processes()
+    if rank == 0:
+        draw(model, *views, folder / "views.png")
+        record = log[-1]
+        chance = f" (chance: {record['chance_loss']:.2f})" if "chance_loss" in record else ""
+        print(f"{claim}, then {record['retrieval']:.0%}")
+        print(f"loss after {record['step']} steps: {record['loss']:.3f}{chance}")
         print(f"written to {folder}")
     return log[-1]
 

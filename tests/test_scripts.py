@@ -126,7 +126,7 @@ def test_pretraining_leaves_its_files_and_a_checkpoint_that_loads(runs):
     assert content["config"]["num_images"] == len((run / "images.txt").read_text().split()) == 1
     record = read_log(run)[-1]
     assert record["step"] == content["step"] == 2
-    assert record["log_candidates"] == pytest.approx(math.log(12))
+    assert record["chance_loss"] == pytest.approx(math.log(12))
     for name in ("loss", "lr", "grad_norm", "accuracy", "invariance", "different", "feature_std"):
         assert math.isfinite(record[name])
     for text in (
@@ -236,14 +236,14 @@ def test_training_lowers_the_loss_and_relax_collapses_without_its_constraint(los
     last = log[-1]
     assert [record["step"] for record in log] == [1, *range(20, options["steps"] + 1, 20)]
     assert last["loss"] < log[0]["loss"] - 0.1
-    assert last["loss"] < last.get("log_candidates", 1.0) - 0.1
+    assert last["loss"] < last.get("chance_loss", 1.0) - 0.1
     if loss == "relax, unconstrained":
-        assert last["measure_4"] < 0.1 and last["constraint_3"] > 0.9
+        assert last["measure_eq4"] < 0.1 and last["constraint_eq3"] > 0.9
         return
     assert last["feature_std"] > 0.1
     assert last["invariance"] > last["different"] + 0.3
     if loss == "relax":
-        assert last["measure_4"] > 0.1 and last["constraint_3"] < 0.9
+        assert last["measure_eq4"] > 0.1 and last["constraint_eq3"] < 0.9
 
 
 def test_probes_and_evaluation_are_in_float32_whatever_the_training(photos, monkeypatch):
@@ -427,7 +427,7 @@ def test_a_finished_run_is_extended_but_not_overwritten_or_changed(photos, mista
     mistake("--lr 0.5.* 0.0015", relaxmim.main, *run, "--resume", "--lr", 0.5)
     mistake("--cache-gb 0.0.* 1.0", relaxmim.main, *run, "--resume", "--cache-gb", 0)
     mistake("--steps 1:.* 12", relaxmim.main, *run, "--resume", "--steps", 1)
-    mistake("--num-labels 5.* 0", finetune.main, *tuned, "--resume", "--num-labels", 5)
+    mistake("--num-train 5.* 0", finetune.main, *tuned, "--resume", "--num-train", 5)
     with open("run/log.jsonl", "a") as log:
         log.write('{"step": 13, "lo')  # the last line was cut off
     call(relaxmim.main, *run, "--steps", 17, "--resume")
@@ -510,8 +510,8 @@ def test_no_option_of_pretraining_does_nothing(photos, monkeypatch):
 def test_no_option_of_finetuning_does_nothing(photos):
     base = {"data": str(photos), "img_size": 16, "batch_size": 8, "steps": 2}
     base["precision"] = "float32"
-    own = {"num_labels": 9, "validate": True, "layer_decay": 0.5, "drop_path": 0.5, "mixup": 0.8}
-    own |= {"label_smoothing": 0.0, "cutmix": 1.0, "smallest_crop": 0.1}
+    own = {"num_train": 9, "validate": True, "layer_decay": 0.5, "drop_path": 0.5, "mixup": 0.8}
+    own |= {"label_smoothing": 0.0, "cutmix": 1.0, "min_crop_scale": 0.1}
     check_options(finetune, base, SHARED | own)
 
 
@@ -906,7 +906,7 @@ def test_from_python_a_mistake_is_raised_and_the_result_is_returned():
     options = {"batch_size": 8, "steps": 2}
     config = relaxmim.Config("mae", num_images=4, img_size=16, **options)
     assert relaxmim.train(config) == read_log("runs/mae-synthetic-4")[-1]
-    tuning = finetune.Config(config.out, num_labels=20, **options)
+    tuning = finetune.Config(config.out, num_train=20, **options)
     result = finetune.train(tuning)
     assert (tuning.out, tuning.img_size) == ("runs/finetune-mae-synthetic-4-on-synthetic", 16)
     assert result == read_json(f"{tuning.out}/result.json")

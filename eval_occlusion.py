@@ -48,9 +48,7 @@ class Config:
     data: str = option("", "a data set with labels; empty: the first checkpoint's")
     num_images: int = option(2000, "size of a random subset of the test images; 0: all", 0, 1e9)
     data_dir: str = option("data", "torchvision's download directory")
-    cache_gb: float = option(
-        1.0, "GiB of memory for images; a larger set is read as needed", 0, 1e6
-    )
+    cache_gb: float = option(1.0, "GiB of memory for files; a larger set is streamed", 0, 1e6)
     workers: int = option(2, "number of processes that read files", 0, 256)
     batch_size: int = option(250, "images at a time; changes no figure", 1, 1e6)
     seed: int = option(0, "random seed, of images and masks", 0, 1e9)
@@ -119,7 +117,7 @@ def open_model(path, device, trained=True):
 
 
 def open_subjects(config, ratios, device):
-    """A Subject for every checkpoint, with its images. Raises Mistake if they cannot be compared."""
+    """A Subject for every checkpoint. Raises Mistake for those that cannot be compared."""
     subjects = []
     for path in config.checkpoints:
         subject, settings = open_model(path, device)
@@ -304,7 +302,7 @@ def print_table(title, head, rows):
 
 
 def print_accuracy(models, ratios, how):
-    """A row for each of models, {name: figures}: accuracy at each ratio, its errors, what is kept."""
+    """A row for each of models, {name: figures}: accuracy at each ratio, and what is kept."""
     rows = []
     for name, figures in models.items():
         cells = [f"{100 * value:.1f} ± {100 * std:.1f}" for value, std in figures["accuracy"]]

@@ -49,9 +49,7 @@ class Config:
     img_size: int = option(0, "side of an image in pixels; from scratch: 32", 0, 4096)
     in_chans: int = option(0, "3: RGB, 1: grey; from scratch: 3", choices=(0, 1, 3))
     data_dir: str = option("data", "torchvision's download directory")
-    cache_gb: float = option(
-        1.0, "GiB of memory for images; a larger set is read as needed", 0, 1e6
-    )
+    cache_gb: float = option(1.0, "GiB of memory for files; a larger set is streamed", 0, 1e6)
     workers: int = option(2, "number of processes that read files", 0, 256)
     steps: int = option(800, "number of optimizer steps", 1, 1e9)
     batch_size: int = option(128, "global batch size", 2, 1e6)
@@ -101,7 +99,7 @@ class Classifier(mim.ViT):
 
 
 def find_weights(content, path):
-    """The weights in a file's content, by timm's names. timm's choice: the averaged ones, if any."""
+    """The weights in a file's content by timm's names, averaged ones (EMA) first, as timm does."""
     if {"encoder", "config"} <= set(content):
         return content["encoder"]  # a run of ours
     for key in ("state_dict_ema", "model_ema", "state_dict", "model"):

@@ -26,7 +26,6 @@ train them: Config, Data, Training, main. The form of (2) to (6) and every numbe
 
     python relaxmim.py --loss infonce --num-images 1    one synthetic image: 2 minutes on 2 cores
     python relaxmim.py --loss mae --data cifar10        or a folder of images, or one photograph
-    python relaxmim.py --loss crop                      (1) with T = crop and color, to compare
 """
 
 import math
@@ -58,10 +57,9 @@ def hide_lowest(score, count):
 
 
 def random_mask(batch, grid, ratio, generator=None, device=None):
-    """Hide random patches, as MAE does.
+    """Hide random patches, as MAE does. grid: (rows, cols); ratio: share of hidden patches, 0..1.
 
-    grid: (rows, cols); ratio: share of hidden patches, 0..1. Returns visible (B, V) and hidden
-    (B, K), int64, each in ascending order; K = round(ratio * N). So do the other masks.
+    All masks return visible (B, V) and hidden (B, K), int64, ascending; K = round(ratio * N).
     """
     N = grid[0] * grid[1]
     score = torch.rand(batch, N, generator=generator, device=device)
@@ -80,10 +78,7 @@ def block_mask(batch, grid, ratio, generator=None, device=None):
 
 
 def mask_indices(mask):
-    """Convert a bool mask (B, N), True = hidden, to visible (B, V) and hidden (B, K).
-
-    Raises ValueError if the images do not all hide the same number of patches.
-    """
+    """Convert a bool mask (B, N), True = hidden, to indices. ValueError if rows differ in count."""
     num_hidden = mask.sum(dim=1)
     if (num_hidden != num_hidden[0]).any():
         raise ValueError("a mask must hide the same number of patches in every image")
@@ -331,8 +326,7 @@ def relax_loss(d1, d2, target, weight=1.0):
 class RMAE(RelaxMIM):
     """(5): the relaxed MAE compares two reconstructions. d' is a small network on each token.
 
-    The second term must train f, not d' alone: without its gradient f and d' find features that
-    are easy to predict and say nothing about the image. The metrics show how close (4) is to (2).
+    The second term trains f too, and must: otherwise f collapses. The metrics are (4), (3), (2).
     """
 
     def __init__(self, encoder, **options):
@@ -388,10 +382,7 @@ def subtract_position_mean(tokens, index, num_patches):
 
 
 class CMAE(RelaxMIM):
-    """(6): InfoNCE between tokens in the place of the pixels' loss. The batch must be 2 or more.
-
-    The name is that of a summary of the paper. Huang et al.'s CMAE (arXiv 2207.13532) is another.
-    """
+    """(6): InfoNCE between tokens. Raises ValueError for one image. Not Huang et al.'s CMAE."""
 
     predicts = "tokens"
 
@@ -438,9 +429,9 @@ LOSSES = {"mae": MAE, "relax": RMAE, "infonce": CMAE, "crop": CropContrast}  # -
 def compare_features(whole, occluded):
     """The claim, measured: does an image keep its features when patches are hidden?
 
-    whole, occluded: features (n, D) of the same images, centered here over both. Returns the index
-    (n,) of the whole image nearest to each occluded one by cosine; and as metrics retrieval, the
-    share of them that is its own image (1/n: collapsed), and invariance, the mean cosine (-1..1).
+    whole, occluded: features (n, D) of the same images, centered here over both. Returns, for each
+    occluded image, the index (n,) of the nearest whole one by cosine; and as metrics retrieval, how
+    often that is its own (1/n: collapsed, 1: always), and invariance, their mean cosine (-1..1).
     """
     center = (whole.mean(dim=0) + occluded.mean(dim=0)) / 2
     whole = F.normalize(whole - center, dim=1)
@@ -456,14 +447,13 @@ def compare_features(whole, occluded):
 def measure_invariance(encoder, images, visible):
     """compare_features for mean patch tokens of images (B, C, H, W) and their visible (B, V).
 
-    In float32, also inside autocast. feature_std, 0..1, is 0 if the features have collapsed: the
-    root of the total variance of features of unit length.
+    In float32, also inside autocast. feature_std: spread of the directions, 0 (collapsed) to 1.
     """
     with torch.autocast(images.device.type, enabled=False):
         whole = encoder(images)[:, 1:].mean(dim=1)  # (B, D)
         occluded = encoder(images, visible)[:, 1:].mean(dim=1)
     nearest, metrics = compare_features(whole, occluded)
-    variance = F.normalize(whole, dim=1).var(dim=0, correction=0)  # (D,)
+    variance = F.normalize(whole, dim=1).var(dim=0, correction=0)  # (D,); 1 - |mean|^2 in all
     return nearest, {**metrics, "feature_std": variance.sum().sqrt()}
 
 
@@ -537,9 +527,7 @@ class Config:
     img_size: int = option(32, "side of a crop in pixels", 1, 4096)
     in_chans: int = option(3, "3: RGB, 1: grey", choices=(3, 1))
     data_dir: str = option("data", "torchvision's download directory")
-    cache_gb: float = option(
-        1.0, "GiB of memory for images; a larger set is read as needed", 0, 1e6
-    )
+    cache_gb: float = option(1.0, "GiB of memory for files; a larger set is streamed", 0, 1e6)
     workers: int = option(2, "number of processes that read files", 0, 256)
     steps: int = option(300, "number of optimizer steps", 1, 1e9)
     batch_size: int = option(128, "global batch size", 2, 1e6)
@@ -575,7 +563,7 @@ def parse(cls, description, args):
 
 
 def convert(value, kind):
-    """value as bool, int, float, str or tuple of str. TypeError or ValueError if that changes it."""
+    """value as a bool, int, float, str or tuple. TypeError, ValueError if that would change it."""
     if kind is tuple:
         items = [value] if isinstance(value, (str, os.PathLike)) else value
         return tuple(convert(item, str) for item in items)
@@ -759,8 +747,10 @@ class Images(Dataset):
         return pixels, self.labels[i], i
 
     def __str__(self):
-        classes = f" in {len(self.classes)} classes" if self.classes else ""
-        return f"{len(self)} images of {self.source}{classes}, files left out: {self.left_out}"
+        text = f"{self.source}, images: {len(self)}"
+        if self.classes:
+            text += f", classes: {len(self.classes)}"
+        return f"{text}, files left out: {self.left_out}" if self.side else text
 
     def short_names(self):
         """Names without that of the folder, so that they stay the same when it is moved."""
@@ -809,15 +799,16 @@ class Images(Dataset):
 
 
 def find_split(root, train, labelled):
-    """The folder, root or one in it, with the images to train or else to test on. Raises Mistake."""
+    """Which folder, root or one in it, has the images to train or to test on. Raises Mistake."""
     folders = [path for path in sorted(root.iterdir()) if path.is_dir() and path.name[0] != "."]
     named = {path.name.lower(): path for path in folders}
     trains = [named[name] for name in TRAIN_NAMES if name in named]
     tests = [named[name] for name in TEST_NAMES if name in named]
-    others = trains[1:] + [path for path in folders if path not in trains + tests]
-    others = [path.name for path in others if trains and find_images(path)[0]]
-    if others:
-        raise Mistake(f"--data {root}: images in {trains[0].name} and beside it ({others[0]})")
+    others = [path for path in folders if path not in trains + tests]
+    if trains and not tests and any(find_images(path)[0] for path in others):
+        raise Mistake(f"--data {root}: {trains[0].name} beside other folders of images; see README")
+    if len(trains) > 1:
+        raise Mistake(f"--data {root}: has both {trains[0].name} and {trains[1].name}")
     if train and tests and not trains:
         raise Mistake(f"--data {root}: has a folder {tests[0].name}, but none named train")
     if train:
@@ -843,10 +834,11 @@ def find_files(config, train, labelled):
         raise Mistake(f"--data {config.data}: not found; must be {allowed}")
     folder = find_split(root, train, labelled)
     parts = [folder]
-    if labelled:
-        parts = [path for path in sorted(folder.iterdir()) if path.is_dir()]
-        parts = [path for path in parts if path.name[0] != "."]
     images = Images([], [], [], source=str(folder))
+    if labelled:
+        entries = [path for path in sorted(folder.iterdir()) if path.name[0] != "."]
+        parts = [path for path in entries if path.is_dir()]
+        images.left_out = len(entries) - len(parts)
     for label, part in enumerate(parts):
         found, others = find_images(part)
         if not found:
@@ -931,6 +923,7 @@ def open_data(config, train=True, labelled=False, count=0):
         images.in_chans = config.in_chans
         images.side = stored_side(images, config.img_size)
     images = images.sample(count, config.seed)
+    images.classes = images.classes if labelled else []
     if images.side:
         return read_files(images, config)
     if config.data == "synthetic":
@@ -1113,6 +1106,8 @@ def command_line():
         raise KeyboardInterrupt(number)
 
     name = Path(sys.argv[0]).name
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names that are not UTF-8
     with warnings.catch_warnings(), handle_signals(interrupt):
         warnings.showwarning = lambda message, *_: print(message, file=sys.stderr)
         try:
@@ -1165,7 +1160,7 @@ def load_checkpoint(path):
 def read_run(config, outputs):
     """The checkpoint of the run to resume; {} if there is none yet. Raises Mistake.
 
-    outputs: files that a run writes. A folder that holds one of them belongs to a run, or to somebody.
+    outputs: files that a run writes. A folder that holds one of them is taken.
     """
     folder = Path(config.out)
     found = [name for name in outputs if (folder / name).exists()]
@@ -1211,10 +1206,10 @@ def claim_folder(config, images, log):
 
 @torch.no_grad()
 def draw(model, images, visible, hidden, path):
-    """Write a picture of images (B, C, H, W), a column each of the first 8. Its rows: the image, its
-    visible patches, the whole image that these find, and for mae and relax the reconstruction.
+    """Write a picture of the first 8 images (B, C, H, W), a column each.
 
-    With norm_pix, reconstructed patches get the mean and deviation of the originals.
+    Its rows: the image, its visible patches, the whole image that these find, and for mae and relax
+    the reconstruction, which with norm_pix gets the mean and deviation of the original patches.
     """
     encoder = model.encoder
     x = patchify(images, encoder.patch_size)  # (B, N, P)

@@ -109,11 +109,12 @@ def find_weights(content, path):
             break
     weights = {}
     for name, value in content.items():
-        for prefix in ("module.", "_orig_mod.", "encoder."):
-            name = name.replace(prefix, "")
-        is_decoder = name.startswith(("decoder", "second_decoder", "mask_token"))
-        if isinstance(value, torch.Tensor) and not is_decoder:
+        name = name.replace("module.", "").replace("_orig_mod.", "")
+        if isinstance(value, torch.Tensor) and not name.startswith(("decoder", "mask_token")):
             weights[name] = value.float()
+    prefix = "encoder."
+    if any(name.startswith(prefix) for name in weights):  # of a whole model, as in README's loop
+        weights = {k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)}
     return weights
 
 
@@ -288,7 +289,7 @@ def fill_in(config):
     """
     name = run_name(config.checkpoint) if config.checkpoint else "scratch"
     kind = "probe" if config.linear_probe else "finetune"
-    config.out = config.out or f"runs/{kind}-{name}-on-{Path(config.data).stem}"
+    config.out = config.out or f"runs/{kind}-{name}-on-{Path(config.data).absolute().stem}"
     weights = None
     settings = SCRATCH
     if config.resume and Path(config.out, "checkpoint.pt").exists():
@@ -309,6 +310,7 @@ def train(config):
     begun = time.time()
     rank, world = mim.launched_processes()
     mine = slice(rank, None, world)  # the rows of a batch that this process takes
+    mim.convert_values(config)
     weights = fill_in(config)
     mim.check_values(config, world)
     if config.linear_probe and not config.checkpoint:

@@ -574,18 +574,23 @@ def convert(value, kind):
     return kind(value)
 
 
-def check_values(config, world=1):
-    """Convert each value to its declared type. Raise Mistake for what an option does not allow.
-
-    world: number of processes, which share a batch.
-    """
+def convert_values(config):
+    """Convert each value of config to its declared type. Raises Mistake."""
     for f in fields(config):
-        given = f"--{f.name.replace('_', '-')} {getattr(config, f.name)}"
+        value = getattr(config, f.name)
         try:
-            value = convert(getattr(config, f.name), f.type)
+            setattr(config, f.name, convert(value, f.type))
         except (TypeError, ValueError, OverflowError):
+            given = f"--{f.name.replace('_', '-')} {value}"
             raise Mistake(f"{given}: must be of type {f.type.__name__}") from None
-        setattr(config, f.name, value)
+
+
+def check_values(config, world=1):
+    """Raise Mistake for a value that its option does not allow. world: number of processes."""
+    convert_values(config)
+    for f in fields(config):
+        value = getattr(config, f.name)
+        given = f"--{f.name.replace('_', '-')} {value}"
         low, high = f.metadata["limits"]
         if low is not None and not low <= value <= high:
             raise Mistake(f"{given}: must be from {low:g} to {high:g}")
@@ -1031,16 +1036,18 @@ def decay_groups(parameters, weight_decay, lr_scale=1.0):
 
 def launched_processes():
     """Rank of this process and number of processes, as torchrun sets them. Raises Mistake."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world == "1":
+    world = os.environ.get("WORLD_SIZE") or "1"
+    if world in ("0", "1"):
         return 0, 1
-    numbers = {name: os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "MASTER_PORT")}
-    wrong = [name for name, number in numbers.items() if not number.isdecimal()]
-    wrong += [] if "MASTER_ADDR" in os.environ else ["MASTER_ADDR"]
-    if wrong or not world.isdecimal() or int(numbers["RANK"]) >= int(world):
-        wrong = ", ".join(wrong) or "RANK"
-        raise Mistake(f"WORLD_SIZE={world}: {wrong} does not go with it; use torchrun, or unset it")
-    return int(numbers["RANK"]), int(world)
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
+    wrong = [name for name in names if not os.environ.get(name, "").isdecimal()]
+    wrong += [] if os.environ.get("MASTER_ADDR") else ["MASTER_ADDR"]
+    if not wrong and int(os.environ["RANK"]) >= int(world):
+        wrong = ["RANK"]
+    if wrong:
+        names = ", ".join(wrong)
+        raise Mistake(f"WORLD_SIZE={world}: {names} not as torchrun sets it; unset WORLD_SIZE")
+    return int(os.environ["RANK"]), int(world)
 
 
 def pick_device(config, world=1):
@@ -1164,6 +1171,8 @@ def read_run(config, outputs):
     """
     folder = Path(config.out)
     found = [name for name in outputs if (folder / name).exists()]
+    if folder.resolve() == Path(config.data).resolve():
+        raise Mistake(f"--out {folder}: is the folder of --data; choose another one")
     if not found:
         return {}
     if not config.resume:
@@ -1235,7 +1244,7 @@ def train(config):
     mine = slice(rank, None, world)  # the rows of a batch that this process takes
     check(config, world)
     suffix = f"-{config.num_images}" if config.num_images else ""
-    config.out = config.out or f"runs/{config.loss}-{Path(config.data).stem}{suffix}"
+    config.out = config.out or f"runs/{config.loss}-{Path(config.data).absolute().stem}{suffix}"
     folder = Path(config.out)
     B = config.batch_size
     resumed = read_run(config, OUTPUTS)

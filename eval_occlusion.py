@@ -11,7 +11,7 @@ above chance that is left at the highest ratio up to 75 %. Retrieval is the shar
 whose mean patch token is nearest to that of their own whole image. Written: occlusion.json, all
 figures; occlusion.png, one image, a row for each mask, a column for each ratio; and with matplotlib
 accuracy.png. A classifier from elsewhere must average the patch tokens (fc_norm); the folders of
---data, sorted, are its classes.
+--data, sorted, are its classes. Files are cropped to squares and resized, nothing else is cut off.
 """
 
 import json
@@ -50,7 +50,7 @@ class Config:
     data_dir: str = option("data", "torchvision's download directory")
     cache_gb: float = option(1.0, "GiB of memory for files; a larger set is streamed", 0, 1e6)
     workers: int = option(2, "number of processes that read files", 0, 256)
-    batch_size: int = option(250, "images at a time; changes no figure", 1, 1e6)
+    batch_size: int = option(250, "images at a time; does not change results", 1, 1e6)
     seed: int = option(0, "random seed, of images and masks", 0, 1e9)
     out: str = option("runs/occlusion", "folder for the results")
     overwrite: bool = option(False, "replace results in that folder")
@@ -76,9 +76,8 @@ def check(config):
         raise Mistake(f"--cue-conflict {config.cue_conflict}: no such folder")
     found = [name for name in OUTPUTS if Path(config.out, name).exists()]
     if found and not config.overwrite:
-        raise Mistake(
-            f"--out {config.out}: has {found[0]}; add --overwrite, or choose another folder"
-        )
+        hint = "add --overwrite, or choose another folder"
+        raise Mistake(f"--out {config.out}: has {found[0]}; {hint}")
     return ratios, masks
 
 
@@ -116,6 +115,24 @@ def open_model(path, device, trained=True):
     return Subject(finetune.run_name(path), model, settings["img_size"], classes), settings
 
 
+def open_images(config, subjects):
+    """The test images, all of them readable, so that row i of a batch of masks is for image i."""
+    labelled = any(subject.classes for subject in subjects)
+    options = {name: getattr(config, name) for name in ("data", "data_dir", "cache_gb", "workers")}
+    options["img_size"] = max(subject.img_size for subject in subjects)
+    options["in_chans"] = subjects[0].model.in_chans
+    images = mim.open_data(mim.Config(**options), train=False, labelled=labelled)
+    images = images.sample(min(config.num_images, len(images)), config.seed)
+    if images.pixels is None:
+        found = []
+        for batch in images.loader(torch.arange(len(images)).split(256), config.workers):
+            found += [] if batch is None else batch[2].tolist()
+        images = images.subset(torch.tensor(found, dtype=torch.int64))
+    if len(images) < 2:
+        raise Mistake(f"--data {config.data}: {len(images)} readable images; must be two or more")
+    return images
+
+
 def open_subjects(config, ratios, device):
     """A Subject for every checkpoint. Raises Mistake for those that cannot be compared."""
     subjects = []
@@ -149,24 +166,6 @@ def open_subjects(config, ratios, device):
     return subjects
 
 
-def open_images(config, subjects):
-    """The test images, all of them readable, so that row i of a batch of masks is for image i."""
-    labelled = any(subject.classes for subject in subjects)
-    options = {name: getattr(config, name) for name in ("data", "data_dir", "cache_gb", "workers")}
-    options["img_size"] = max(subject.img_size for subject in subjects)
-    options["in_chans"] = subjects[0].model.in_chans
-    images = mim.open_data(mim.Config(**options), train=False, labelled=labelled)
-    images = images.sample(min(config.num_images, len(images)), config.seed)
-    if images.pixels is None:
-        found = []
-        for batch in images.loader(torch.arange(len(images)).split(256), config.workers):
-            found += [] if batch is None else batch[2].tolist()
-        images = images.subset(torch.tensor(found, dtype=torch.int64))
-    if len(images) < 2:
-        raise Mistake(f"--data {config.data}: one image; must be two or more")
-    return images
-
-
 def draw_masks(config, subject, mask, ratio, mask_seed=0):
     """Visible (n, V) and hidden (n, K) for all images of a subject, row i for image i.
 
@@ -188,7 +187,8 @@ def cover(images, others, hidden, patch_size):
 def watch_blocks(model, tokens):
     """Append to tokens, in each forward pass, the mean patch token after each block, (B, D) each.
 
-    The last one is taken after the final norm. Returns the hooks, to be removed.
+    The last one is taken after the final norm, which fine-tuned classifiers do not have. Returns
+    the hooks, to be removed.
     """
 
     def keep(layer, inputs, x):
@@ -197,11 +197,11 @@ def watch_blocks(model, tokens):
     return [layer.register_forward_hook(keep) for layer in [*model.blocks[:-1], model.norm]]
 
 
-def observe(config, subject, masks=None):
-    """Show all images to a model, whole or behind masks (visible, hidden).
+def observe(config, subject, hiding=None):
+    """Show all images to a model, whole or with hiding: visible (n, V) and hidden (n, K).
 
-    Returns logits (n, classes); labels (n,); and the mean patch tokens after each block (n, D),
-    float64, an empty list if they are not to be measured.
+    Returns logits (n, classes), None without a head; labels (n,); and the mean patch tokens after
+    each block, (n, D) each, float64, an empty list if they are not to be measured.
     """
     model = subject.model
     device = model.cls_token.device
@@ -209,30 +209,29 @@ def observe(config, subject, masks=None):
     hooks = watch_blocks(model, tokens) if config.features or not subject.classes else []
     n = len(subject.images)
     rows = torch.arange(n).split(config.batch_size)
-    next_rows = torch.arange(n).roll(-1).split(config.batch_size)
-    batches = subject.images.batches(rows, device, config.workers)
-    others = [(None, None)] * len(rows)
-    if masks and config.fill == "swap":  # each image is covered by patches of the next one
-        others = subject.images.batches(next_rows, device, config.workers)
+    longer = [torch.cat([index, (index[-1:] + 1) % n]) for index in rows]
+    batches = subject.images.batches(longer, device, config.workers)
     logits = []
     labels = []
-    for index, (pixels, y), (other, _) in zip(rows, batches, others):
+    for index, (pixels, y) in zip(rows, batches):
         images = finetune.whole_images(pixels, subject.img_size)
+        images, others = images[:-1], images[1:]  # others: the next image of each, to swap with
         visible = None
-        if masks:
-            visible, hidden = (mask[index].to(device) for mask in masks)
-        if masks and config.fill != "drop":
-            covering = torch.zeros_like(images)  # grey: the mean color
-            if config.fill == "swap":
-                covering = finetune.whole_images(other, subject.img_size)
-            images = cover(images, covering, hidden, model.patch_size)
+        if hiding:
+            visible, hidden = (part[index].to(device) for part in hiding)
+        if hiding and config.fill != "drop":
+            if config.fill == "grey":
+                others = torch.zeros_like(images)  # the mean color
+            images = cover(images, others, hidden, model.patch_size)
             visible = None
-        logits.append(model(images, visible))
-        labels.append(y)
+        output = model(images, visible)
+        if subject.classes:
+            logits.append(output)
+        labels.append(y[:-1])
     for hook in hooks:
         hook.remove()
     blocks = [torch.cat(tokens[i :: len(hooks)]) for i in range(len(hooks))]
-    return torch.cat(logits), torch.cat(labels), blocks
+    return torch.cat(logits) if logits else None, torch.cat(labels), blocks
 
 
 def share_kept(occluded, clean, num_classes):
@@ -268,8 +267,8 @@ def measure(config, subject, mask, ratios, clean):
         for mask_seed in range(config.mask_seeds if ratio > 0 else 1):
             seen = clean
             if ratio > 0:
-                masks = draw_masks(config, subject, mask, ratio, mask_seed)
-                seen = observe(config, subject, masks)
+                hiding = draw_masks(config, subject, mask, ratio, mask_seed)
+                seen = observe(config, subject, hiding)
             if subject.classes:
                 shares.append(finetune.share_correct(seen[0], labels))
             if mask_seed == 0:
@@ -286,10 +285,13 @@ def measure(config, subject, mask, ratios, clean):
         return {}, features
     n = len(labels)
     share = finetune.share_correct(logits, labels)
-    at = max((i for i, ratio in enumerate(ratios) if ratio <= 0.75), default=0)
+    at = max((i for i, ratio in enumerate(ratios) if ratio <= 0.75), default=None)
     figures = {"images": n, "accuracy": curve, "clean": share}
     figures["sampling_error"] = [math.sqrt(value * (1 - value) / n) for value, _ in curve]
-    figures["retention"] = share_kept(curve[at][0], share, len(subject.classes))
+    figures["retention"] = None
+    if at is not None:
+        figures["retention_ratio"] = ratios[at]
+        figures["retention"] = share_kept(curve[at][0], share, len(subject.classes))
     return figures, features
 
 
@@ -305,12 +307,15 @@ def print_accuracy(models, ratios, how):
     """A row for each of models, {name: figures}: accuracy at each ratio, and what is kept."""
     rows = []
     for name, figures in models.items():
-        cells = [f"{100 * value:.1f} ± {100 * std:.1f}" for value, std in figures["accuracy"]]
-        kept = figures["retention"]
+        cells = [f"{100 * value:.1f}" for value, _ in figures["accuracy"]]
+        if any(std > 0 for _, std in figures["accuracy"]):
+            cells = [f"{100 * value:.1f} ± {100 * std:.1f}" for value, std in figures["accuracy"]]
         cells.append(f"{100 * max(figures['sampling_error']):.1f}")
+        kept = figures["retention"]
         cells.append("" if kept is None else f"{100 * kept:.0f}")
         rows.append([name, *cells])
-    head = ["model", *[f"{ratio:.0%}" for ratio in ratios], "error of the images", "kept"]
+    head = ["model", *[f"{ratio:.0%}" for ratio in ratios], "sampling error"]
+    head.append(f"kept at {figures.get('retention_ratio', 0.75):.0%}")
     title = f"accuracy in % ± deviation over masks, {figures['images']} images, share hidden"
     print_table(f"{title} ({how})", head, rows)
 
@@ -341,6 +346,13 @@ def open_cues(config, subject):
     return mim.Images(names, torch.tensor(cues), [], side=4 * subject.img_size)
 
 
+def wilson_interval(hits, n, z=1.96):
+    """95 % interval of a share (Wilson, 1927)."""
+    center = hits + z * z / 2
+    half = z * math.sqrt(hits * (n - hits) / max(n, 1) + z * z / 4)
+    return (center - half) / (n + z * z), (center + half) / (n + z * z)
+
+
 def shape_bias(cues, subject):
     """How many answers name the shape, how many the texture (Geirhos et al., 2019)."""
     device = subject.model.cls_token.device
@@ -350,13 +362,6 @@ def shape_bias(cues, subject):
     texture = (answers == labels[:, 1]).sum().item()
     figures = {"images": len(labels), "shape": shape, "texture": texture}
     return {**figures, "interval": wilson_interval(shape, shape + texture)}
-
-
-def wilson_interval(hits, n, z=1.96):
-    """95 % interval of a share (Wilson, 1927)."""
-    center = hits + z * z / 2
-    half = z * math.sqrt(hits * (n - hits) / max(n, 1) + z * z / 4)
-    return (center - half) / (n + z * z), (center + half) / (n + z * z)
 
 
 def print_shape_bias(models):
@@ -441,7 +446,7 @@ def evaluate(config):
             if blocks:
                 result["features"][mask][subject.name] = blocks
     if cues:
-        pairs = zip(cues, subjects)
+        pairs = zip(cues, classifiers)
         result["shape_bias"] = {subject.name: shape_bias(cue, subject) for cue, subject in pairs}
     mim.write_text(folder / "occlusion.json", json.dumps(result, indent=2) + "\n")
 

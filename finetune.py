@@ -9,8 +9,8 @@
 Test images are used once, at the end, and no setting is chosen on them. To choose settings,
 use --validate, which holds out a tenth of the training images and reports on that.
 
-Weights of others are read as --model of their width and depth, on a square grid of patches: the
-number of heads is not in such a file, nor is the shape of the grid if its positions were learned.
+Weights of others store neither the number of heads nor, if positions were learned, the grid: heads
+are those of the --model of this width and depth, the grid is taken to be square.
 """
 
 import argparse
@@ -62,7 +62,7 @@ class Config:
     cutmix: float = option(0.0, "alpha of CutMix; 0: off", 0, 1e3)
     min_crop_scale: float = option(0.5, "least share of the area of a training crop", 0.01, 1)
     seed: int = option(0, "random seed", 0, 1e9)
-    out: str = option("", "folder of the run; empty: runs/finetune-RUN-on-DATA")
+    out: str = option("", "folder; empty: runs/finetune-RUN-on-DATA, or runs/probe-...")
     resume: bool = option(False, "resume the run in that folder, or start it")
     save_every: int = option(500, "steps between checkpoints", 1, 1e9)
     device: str = option("auto", "auto, cpu, cuda, cuda:1 or mps")
@@ -100,8 +100,6 @@ class Classifier(mim.ViT):
 
 def find_weights(content, path):
     """The weights in a file's content by timm's names, averaged ones (EMA) first, as timm does."""
-    if {"encoder", "config"} <= set(content):
-        return content["encoder"]  # a run of ours
     for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(content.get(key), dict):
             content = content[key]
@@ -125,12 +123,12 @@ def find_side(pos_embed, path):
     """
     N = pos_embed.shape[1] - 1
     side = math.isqrt(N)
-    grids = [(rows, N // rows) for rows in range(1, N + 1) if N % rows == 0]
-    for grid in grids:
-        expected = mim.sincos_positions(grid, pos_embed.shape[2])
-        if grid != (side, side) and torch.allclose(pos_embed, expected, atol=0.01):
-            raise Mistake(f"{path}: has {grid[0]} x {grid[1]} patches, not a square of them")
-    if (side, side) not in grids:
+    for rows in range(1, N + 1):
+        if N % rows == 0 and (rows, N // rows) != (side, side):
+            expected = mim.sincos_positions((rows, N // rows), pos_embed.shape[2])
+            if torch.allclose(pos_embed, expected, atol=0.01):
+                raise Mistake(f"{path}: has {rows} x {N // rows} patches, not a square of them")
+    if N == 0 or side**2 != N:
         raise Mistake(f"{path}: has {N} positions besides the class token, which are no square")
     return side
 
@@ -145,11 +143,12 @@ def load_encoder(path):
     with torch.serialization.safe_globals([argparse.Namespace]):  # MAE's training saves its options
         content = mim.load_checkpoint(path)
     content = content if isinstance(content, dict) else {}
-    weights = find_weights(content, path)
+    ours = {"encoder", "config"} <= set(content)
+    weights = content["encoder"] if ours else find_weights(content, path)
     for name, value in weights.items():
         if not value.isfinite().all():
             raise Mistake(f"{path}: {name} holds values that are not finite")
-    if weights is content.get("encoder"):
+    if ours:
         return weights, content["config"], content.get("classes")
     missing = {"patch_embed.proj.weight", "pos_embed", "cls_token"} - set(weights)
     if missing:
@@ -173,7 +172,7 @@ def run_name(path):
 
 
 def resize_positions(pos_embed, grid):
-    """Position embeddings (1, 1 + N, D), interpolated to another grid, as MAE and timm do."""
+    """Position embeddings (1, 1 + N, D), interpolated to another grid, as timm does."""
     side = math.isqrt(pos_embed.shape[1] - 1)
     if grid == (side, side):
         return pos_embed
@@ -199,7 +198,8 @@ def layer_groups(model, config):
     """Parameter groups whose learning rate falls by layer_decay a block, from the head down."""
     layers = [[model.cls_token, *model.patch_embed.parameters()]]
     layers += [list(block.parameters()) for block in model.blocks]
-    layers.append([*model.norm.parameters(), *model.fc_norm.parameters(), *model.head.parameters()])
+    last = [model.norm, model.fc_norm, model.head]
+    layers.append([p for module in last for p in module.parameters()])
     groups = []
     for layer, parameters in enumerate(reversed(layers)):  # 0: the head
         parameters = [p for p in parameters if p.requires_grad]
@@ -236,7 +236,7 @@ def open_train_and_test(config):
 
 
 def whole_images(pixels, size):
-    """uint8 (B, C, H, W) -> normalised float (B, C, size, size), nothing cut off."""
+    """uint8 (B, C, H, W) -> normalised float (B, C, size, size): resized, not cropped."""
     return mim.normalize(v2.functional.resize(pixels.float(), [size, size], antialias=True))
 
 
@@ -264,7 +264,7 @@ def accuracy(model, images, size, device, workers=0):
 
 
 def neighbour_accuracy(model, train, test, size, device, workers=0, k=20):
-    """Accuracy of a vote of the k nearest training images, by cosine of centred features.
+    """Accuracy of a vote of the k nearest training images, by cosine of centered features.
 
     A vote weighs exp(cosine / 0.07) (Wu et al., 2018, arXiv 1805.01978).
     """
@@ -310,9 +310,9 @@ def train(config):
     begun = time.time()
     rank, world = mim.launched_processes()
     mine = slice(rank, None, world)  # the rows of a batch that this process takes
-    mim.convert_values(config)
+    mim.check_values(config)
     weights = fill_in(config)
-    mim.check_values(config, world)
+    mim.check_sizes(config, world)
     if config.linear_probe and not config.checkpoint:
         raise Mistake("--linear-probe: needs a checkpoint, whose encoder it freezes")
     folder = Path(config.out)

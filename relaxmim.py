@@ -11,18 +11,17 @@ Write x for an image, M for its visible patches, 1-M for its hidden ones, sg[.] 
     (3) assume a decoder d' that reconstructs the hidden patches from their own features:
                    d'(f(x*(1-M))) * (1-M) = x * (1-M), approximately
     (4) substitute (3) in (2), with z1 = f(x*M) and z2 = f(x*(1-M)):
-                   L = || (d(z1) - d'(z2)) * (1-M) ||^2          this measures how alike z1, z2 are
+                   L ~ || (d(z1) - d'(z2)) * (1-M) ||^2          this measures how alike z1, z2 are
     (5) RelaxMIM   || (d(z1) - sg[d'(z2)]) * (1-M) ||^2  +  lambda || (d'(z2) - x) * (1-M) ||^2
     (6) InfoNCE    -log( exp(q_i.k_i / tau) / sum_j exp(q_i.k_j / tau) )
 
-So T is the mask, the measure is the decoder with its loss, and f becomes invariant to occlusion.
-In (5) the second term is (3) as a penalty. In (6), q_i = d(z1) at hidden patch i and k_i = sg[z2]
-at the same patch. Both have the batch mean at their position subtracted and are scaled to unit
-length; j runs over the hidden patches of that image. Every norm is a mean over elements. As a
-target, x is normalised per patch by default.
+So T is the mask, the measure is the decoder with its loss, and f should not mind occlusion. The
+second term of (5) is (3) as a penalty. In (6), q_i = d(z1) and k_i = sg[z2] at hidden patch i, both
+less the batch mean at their position and of unit length; j runs over the hidden patches of the
+image. Norms are means over elements. As a target, x is normalised per patch by default.
 
 Contents: Masks, Model, RelaxMIM and its similarities MAE, RMAE, CMAE, CropContrast, Invariance; to
-train them: Config, Data, Training, main. The form of (2) to (6) and every number are our choice.
+train them: Config, Data, Training, main. The form of (3) to (6) and every number are our choice.
 
     python relaxmim.py --loss infonce --num-images 1    one synthetic image: 2 minutes on 2 cores
     python relaxmim.py --loss mae --data cifar10        or a folder of images, or one photograph
@@ -150,7 +149,7 @@ class Attention(nn.Module):
     def forward(self, x):
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, N, 3, heads, D/heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, D/heads) each
-        if x.device.type == "cpu":  # written out, it is about 5 times as fast in bfloat16
+        if x.device.type == "cpu":  # written out, it is several times as fast in bfloat16
             scale = q.shape[-1] ** -0.5
             weights = ((q * scale) @ k.mT).softmax(dim=-1)  # (B, heads, N, N)
             x = weights @ v
@@ -160,7 +159,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. drop_path: probability of dropping a branch, per image."""
+    """Pre-norm transformer block."""
 
     def __init__(self, dim, num_heads, mlp_ratio=4.0):
         super().__init__()
@@ -171,7 +170,7 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
-        self.drop_path = 0.0
+        self.drop_path = 0.0  # probability of dropping a branch, per image; Classifier sets it
 
     def forward(self, x):
         branch = self.attn(self.norm1(x))
@@ -252,8 +251,8 @@ class Decoder(nn.Module):
 class RelaxMIM(nn.Module):
     """Two views of an image, its visible and its hidden patches; one encoder; one similarity.
 
-    This is the frame. A similarity is a subclass with a method measure(images, visible, hidden),
-    which returns the loss and a dict of metrics: MAE, RMAE, CMAE below.
+    This is the frame. A similarity is a subclass: MAE, RMAE and CMAE below. Its method
+    measure(images, visible, hidden) returns the loss and a dict of metrics.
     """
 
     predicts = "pixels"  # or "tokens": what the decoder outputs for each hidden patch
@@ -285,8 +284,8 @@ class RelaxMIM(nn.Module):
     def forward(self, images, visible=None, hidden=None):
         """images (B, C, H, W) and a mask (None: random) -> loss, metrics (a dict of numbers)."""
         if visible is None:
-            shape = (len(images), self.encoder.grid)
-            visible, hidden = random_mask(*shape, self.mask_ratio, device=images.device)
+            grid = self.encoder.grid
+            visible, hidden = random_mask(len(images), grid, self.mask_ratio, device=images.device)
         return self.measure(images, visible, hidden)
 
     def target(self, images, hidden):
@@ -332,9 +331,8 @@ class RMAE(RelaxMIM):
     def __init__(self, encoder, **options):
         super().__init__(encoder, **options)
         dim = encoder.embed_dim
-        out_dim = encoder.in_chans * encoder.patch_size**2
         fc1 = nn.Linear(dim, 4 * dim)
-        fc2 = nn.Linear(4 * dim, out_dim)
+        fc2 = nn.Linear(4 * dim, self.decoder.decoder_pred.out_features)
         self.second_decoder = nn.Sequential(fc1, nn.GELU(), fc2)  # d', in PyTorch's initialisation
 
     def measure(self, images, visible, hidden):
@@ -388,7 +386,9 @@ class CMAE(RelaxMIM):
 
     def measure(self, images, visible, hidden):
         if len(images) < 2:
-            raise ValueError("CMAE needs 2 images or more: centered, the features of one are 0")
+            raise ValueError(
+                "CMAE needs 2 images or more: the centered features of one image are 0"
+            )
         z1 = self.encoder(images, visible)  # f(x*M): (B, 1 + V, D)
         q = self.decoder(z1, visible, hidden)  # d(z1): (B, K, D)
         with torch.no_grad():
@@ -402,7 +402,7 @@ class CMAE(RelaxMIM):
 
 
 class CropContrast(nn.Module):
-    """Conventional siamese learning, (1) with T = crop and color. Negatives: the batch."""
+    """Conventional siamese learning, (1) with T = crop and color. The others are negatives."""
 
     def __init__(self, encoder, temperature=0.2):
         super().__init__()
@@ -429,9 +429,9 @@ LOSSES = {"mae": MAE, "relax": RMAE, "infonce": CMAE, "crop": CropContrast}  # -
 def compare_features(whole, occluded):
     """The claim, measured: does an image keep its features when patches are hidden?
 
-    whole, occluded: features (n, D) of the same images, centered here over both. Returns, for each
-    occluded image, the index (n,) of the nearest whole one by cosine; and as metrics retrieval, how
-    often that is its own (1/n: collapsed, 1: always), and invariance, their mean cosine (-1..1).
+    whole, occluded: features (n, D) of the same images, centered here over both. Returns the index
+    (n,) of the whole image most similar to each occluded one; and metrics: retrieval, the share for
+    which that is its own (1/n: collapsed), and invariance, the mean cosine of the pairs.
     """
     center = (whole.mean(dim=0) + occluded.mean(dim=0)) / 2
     whole = F.normalize(whole - center, dim=1)
@@ -453,7 +453,7 @@ def measure_invariance(encoder, images, visible):
         whole = encoder(images)[:, 1:].mean(dim=1)  # (B, D)
         occluded = encoder(images, visible)[:, 1:].mean(dim=1)
     nearest, metrics = compare_features(whole, occluded)
-    variance = F.normalize(whole, dim=1).var(dim=0, correction=0)  # (D,); 1 - |mean|^2 in all
+    variance = F.normalize(whole, dim=1).var(dim=0, correction=0)  # (D,); its sum is 1 - |mean|^2
     return nearest, {**metrics, "feature_std": variance.sum().sqrt()}
 
 
@@ -521,7 +521,7 @@ class Config:
     model: str = option("nano", "size of the encoder", choices=SIZES)
     patch_size: int = option(4, "side of a patch in pixels; must divide --img-size", 1, 4096)
     decoder_dim: int = option(0, "width, a multiple of 32; 0: the encoder's", 0, 8192)
-    decoder_depth: int = option(1, "number of blocks of the decoder", 0, 64)
+    decoder_depth: int = option(1, "number of blocks of the decoder", 1, 64)
     data: str = option("synthetic", "synthetic, cifar10, cifar100, a folder or a photograph")
     num_images: int = option(0, "size of a random subset; 0: all images", 0, 1e9)
     img_size: int = option(32, "side of a crop in pixels", 1, 4096)
@@ -574,42 +574,40 @@ def convert(value, kind):
     return kind(value)
 
 
-def convert_values(config):
-    """Convert each value of config to its declared type. Raises Mistake."""
+def check_values(config):
+    """Convert each value to its declared type. Raise Mistake for what its option does not allow."""
     for f in fields(config):
-        value = getattr(config, f.name)
+        given = f"--{f.name.replace('_', '-')} {getattr(config, f.name)}"
         try:
-            setattr(config, f.name, convert(value, f.type))
+            value = convert(getattr(config, f.name), f.type)
         except (TypeError, ValueError, OverflowError):
-            given = f"--{f.name.replace('_', '-')} {value}"
             raise Mistake(f"{given}: must be of type {f.type.__name__}") from None
-
-
-def check_values(config, world=1):
-    """Raise Mistake for a value that its option does not allow. world: number of processes."""
-    convert_values(config)
-    for f in fields(config):
-        value = getattr(config, f.name)
-        given = f"--{f.name.replace('_', '-')} {value}"
+        setattr(config, f.name, value)
         low, high = f.metadata["limits"]
         if low is not None and not low <= value <= high:
             raise Mistake(f"{given}: must be from {low:g} to {high:g}")
         choices = f.metadata.get("choices", [value])
         if value not in choices:
             raise Mistake(f"{given}: must be one of {', '.join(map(str, choices))}")
-        if f.name == "patch_size" and config.img_size % value:
-            raise Mistake(f"{given}: must divide --img-size {config.img_size}")
-        if f.name == "batch_size" and (value % world or value < 2 * world):
-            raise Mistake(f"{given}: must be a multiple of {world}, at least {2 * world}")
+
+
+def check_sizes(config, world):
+    """Raise Mistake for patches or batches that do not divide evenly. world: processes."""
+    if config.img_size % config.patch_size:
+        given = f"--patch-size {config.patch_size}"
+        raise Mistake(f"{given}: must divide --img-size {config.img_size}")
+    B = config.batch_size
+    if B % world or B < 2 * world:
+        raise Mistake(f"--batch-size {B}: must be a multiple of {world}, at least {2 * world}")
 
 
 def check(config, world):
     """Raise Mistake for what cannot be pretrained."""
-    check_values(config, world)
+    check_values(config)
+    check_sizes(config, world)
     N = (config.img_size // config.patch_size) ** 2
     if not 2 <= round(config.mask_ratio * N) < N:
-        limits = f"must hide at least 2 and not all of {N} patches"
-        raise Mistake(f"--mask-ratio {config.mask_ratio}: {limits}")
+        raise Mistake(f"--mask-ratio {config.mask_ratio}: must hide 2 or more of {N}, not all")
     if config.decoder_dim % 32:
         raise Mistake(f"--decoder-dim {config.decoder_dim}: must be a multiple of 32")
     if config.norm_pix and config.patch_size == config.in_chans == 1:
@@ -623,13 +621,13 @@ PIXEL_STATS = {  # mean and deviation of ImageNet's pixels, 0..255: RGB, grey
     3: [(123.675, 58.395), (116.28, 57.12), (103.53, 57.375)],
     1: [(114.5, 57.6)],
 }
+DATASETS = ("synthetic", "cifar10", "cifar100")
 TRAIN_NAMES = ("train", "training", "train_set")  # of folders, in any case
 TEST_NAMES = ("test", "test_set", "val", "valid", "validation")
 Image.init()
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP", "AVIF")
 FORMATS = [name for name in FORMATS if name in Image.OPEN]  # an older Pillow lacks AVIF
-SUFFIXES = [suffix for suffix, name in Image.EXTENSION.items() if name in FORMATS]
-SUFFIXES = (*SUFFIXES, ".mpo")
+SUFFIXES = (".mpo", *[suffix for suffix, name in Image.EXTENSION.items() if name in FORMATS])
 
 
 def synthetic_images(index, size, seed=0):
@@ -671,7 +669,7 @@ def find_images(folder, ancestors=()):
     """
     here = os.path.realpath(folder)
     try:
-        names = sorted(os.listdir(folder))
+        names = os.listdir(folder)
     except OSError as error:
         warnings.warn(f"left out {folder}: {error.strerror}", stacklevel=1)
         return [], 1
@@ -715,8 +713,8 @@ def read_image(path, in_chans, side=None):
 def collate(items, full=False):
     """A batch of those items that are not None; None if all are. full: others are repeated."""
     good = [item for item in items if item is not None]
-    if full:
-        good = list(itertools.islice(itertools.cycle(good), len(items)))
+    if full and good:
+        good = [good[i % len(good)] for i in range(len(items))]
     return default_collate(good) if good else None
 
 
@@ -795,7 +793,8 @@ class Images(Dataset):
             labels = self.labels.to(device)
             for index in indices:
                 index = index.to(device, non_blocking=True)
-                yield pixels if len(self) == 1 else pixels[index], labels[index]
+                batch = pixels if len(self) == 1 else pixels[index]
+                yield batch, labels[index]
             return
         for batch in self.loader(indices, workers, full, device.type == "cuda"):
             if batch is None:
@@ -832,41 +831,46 @@ def find_files(config, train, labelled):
     labelled: the class is the folder directly below train or test, whatever lies below that.
     """
     root = Path(config.data)
+    options = {"in_chans": config.in_chans, "source": config.data}
     if root.is_file():
-        return Images([config.data], torch.tensor([0]), [], source=config.data)
+        return Images([config.data], torch.tensor([0]), [], **options)
     if not root.is_dir():
-        allowed = "synthetic, cifar10, cifar100, a folder of images or a photograph"
+        allowed = f"{', '.join(DATASETS)}, a folder of images or a photograph"
         raise Mistake(f"--data {config.data}: not found; must be {allowed}")
     folder = find_split(root, train, labelled)
+    options["source"] = str(folder)
     parts = [folder]
-    images = Images([], [], [], source=str(folder))
+    left_out = 0
     if labelled:
         entries = [path for path in sorted(folder.iterdir()) if path.name[0] != "."]
         parts = [path for path in entries if path.is_dir()]
-        images.left_out = len(entries) - len(parts)
+        left_out = len(entries) - len(parts)
+    names = []
+    labels = []
     for label, part in enumerate(parts):
         found, others = find_images(part)
         if not found:
             raise Mistake(f"--data {config.data}: no images found in {part}")
-        images.names += found
-        images.labels += [label] * len(found)
-        images.left_out += others
+        names += found
+        labels += [label] * len(found)
+        left_out += others
     if not parts:
         raise Mistake(f"--data {config.data}: {folder} has no folder for each class")
     classes = [path.name for path in parts] if labelled else []
-    return replace(images, labels=torch.tensor(images.labels), classes=classes)
+    return Images(names, torch.tensor(labels), classes, left_out=left_out, **options)
 
 
 def stored_side(images, img_size):
-    """The side of the squares that files become: one to two times that of a crop.
+    """Side of the stored squares: one to two crops, judged by the first file that can be read.
 
-    It is judged by the first file that can be read. Raises Mistake if none can.
+    Raises Mistake if none can.
     """
-    found = (read_image(name, images.in_chans) for name in images.names)
-    pixels = next((pixels for pixels in found if pixels is not None), None)
-    if pixels is None:
-        raise Mistake(f"--data {images.source}: none of {len(images)} images can be read")
-    return min(max(min(pixels.shape[1:]), img_size), 2 * img_size)
+    for name in images.names:
+        pixels = read_image(name, images.in_chans)
+        if pixels is not None:
+            shorter = min(pixels.shape[1:])
+            return min(max(shorter, img_size), 2 * img_size)
+    raise Mistake(f"--data {images.source}: none of {len(images)} images can be read")
 
 
 def read_files(images, config):
@@ -909,7 +913,7 @@ def open_cifar(config, train):
     if several and distributed.get_rank() == 0:
         distributed.barrier()
     pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2)
-    names = range(len(pixels))
+    names = [f"{config.data}-{i}" for i in range(len(pixels))]
     return Images(names, torch.tensor(cifar.targets), cifar.classes, pixels, source=config.data)
 
 
@@ -921,11 +925,10 @@ def open_data(config, train=True, labelled=False, count=0):
     if config.data == "synthetic":
         index = torch.arange(5000) if train else torch.arange(5000, 6000)
         images = Images(index.tolist(), index % 6, SHAPES, source="synthetic")
-    elif config.data in ("cifar10", "cifar100"):
+    elif config.data in DATASETS:
         images = open_cifar(config, train)
     else:
         images = find_files(config, train, labelled)
-        images.in_chans = config.in_chans
         images.side = stored_side(images, config.img_size)
     images = images.sample(count, config.seed)
     images.classes = images.classes if labelled else []
@@ -992,7 +995,7 @@ def jitter_colors(images, u):
 
 
 def batch_order(n, batch_size, steps, seed):
-    """Per step, the index (batch_size,) of its images. An epoch takes each of n once."""
+    """Yield the indices (batch_size,) of each step's images; every epoch is a permutation of n."""
     generator = torch.Generator().manual_seed(seed)
     waiting = torch.zeros(0, dtype=torch.int64)
     for _ in range(steps):
@@ -1009,11 +1012,11 @@ def batch_order(n, batch_size, steps, seed):
 LOG_EVERY = 20
 OUTPUTS = ("config.json", "images.txt", "log.jsonl", "checkpoint.pt", "views.png")
 MAY_CHANGE = ("data", "data_dir", "cache_gb", "workers", "steps", "out", "resume", "save_every")
-MAY_CHANGE += ("device", "compile", "checkpoint")
+MAY_CHANGE += ("device", "compile", "checkpoint")  # checkpoint: of finetune.py
 
 
 def seed_all(seed, stream):
-    """Make all random numbers from here on a function of (seed, stream)."""
+    """Seed torch with (seed, stream): a step, or 2**32 and more, which no step has."""
     torch.manual_seed(int(np.random.SeedSequence([seed, stream]).generate_state(1)[0]))
 
 
@@ -1041,17 +1044,21 @@ def launched_processes():
         return 0, 1
     names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
     wrong = [name for name in names if not os.environ.get(name, "").isdecimal()]
-    wrong += [] if os.environ.get("MASTER_ADDR") else ["MASTER_ADDR"]
+    if not os.environ.get("MASTER_ADDR"):
+        wrong.append("MASTER_ADDR")
     if not wrong and int(os.environ["RANK"]) >= int(world):
-        wrong = ["RANK"]
+        wrong.append("RANK")
     if wrong:
-        names = ", ".join(wrong)
-        raise Mistake(f"WORLD_SIZE={world}: {names} not as torchrun sets it; unset WORLD_SIZE")
+        given = f"WORLD_SIZE={world}: {', '.join(wrong)}"
+        raise Mistake(f"{given} not as torchrun sets it; unset WORLD_SIZE")
     return int(os.environ["RANK"]), int(world)
 
 
 def pick_device(config, world=1):
-    """The device that config asks for, and autocast to bfloat16, if that is native or asked for."""
+    """The device of config, and autocast to bfloat16, if that is native or asked for.
+
+    One of several processes takes a GPU of its own and joins the others.
+    """
     name = config.device
     if name == "auto":
         name = "cpu"
@@ -1086,7 +1093,7 @@ def compile_and_distribute(model, config, device, world):
 
 
 def end_processes():
-    """Wait for the other processes, then part from them: the first one goes on alone."""
+    """Wait for the other processes and leave the group; rank 0 continues alone."""
     if distributed.is_initialized():
         distributed.barrier()
         distributed.destroy_process_group()
@@ -1124,7 +1131,8 @@ def command_line():
             raise SystemExit(2) from None
         except KeyboardInterrupt as error:
             print(f"{name}: stopped", file=sys.stderr)
-            raise SystemExit(128 + (error.args or [signal.SIGINT])[0]) from None
+            number = error.args[0] if error.args else signal.SIGINT
+            raise SystemExit(128 + number) from None
 
 
 @contextmanager
@@ -1171,7 +1179,7 @@ def read_run(config, outputs):
     """
     folder = Path(config.out)
     found = [name for name in outputs if (folder / name).exists()]
-    if folder.resolve() == Path(config.data).resolve():
+    if config.data not in DATASETS and folder.resolve() == Path(config.data).resolve():
         raise Mistake(f"--out {folder}: is the folder of --data; choose another one")
     if not found:
         return {}
@@ -1217,8 +1225,8 @@ def claim_folder(config, images, log):
 def draw(model, images, visible, hidden, path):
     """Write a picture of the first 8 images (B, C, H, W), a column each.
 
-    Its rows: the image, its visible patches, the whole image that these find, and for mae and relax
-    the reconstruction, which with norm_pix gets the mean and deviation of the original patches.
+    Its rows: the image, its visible patches, the whole image retrieved by them, and for mae and
+    relax the reconstruction. With norm_pix that gets mean and deviation of the original patches.
     """
     encoder = model.encoder
     x = patchify(images, encoder.patch_size)  # (B, N, P)
@@ -1255,10 +1263,10 @@ def train(config):
 
     seed_all(config.seed, 2**32)
     encoder = ViT(config.img_size, config.patch_size, config.in_chans, *SIZES[config.model])
-    names = ("mask_ratio", "decoder_dim", "decoder_depth", "norm_pix", "relax_weight")
-    options = {name: getattr(config, name) for name in (*names, "temperature")}
-    if config.loss == "crop":
-        options = {"temperature": config.temperature}
+    names = ["temperature"]
+    if config.loss != "crop":
+        names += ["mask_ratio", "decoder_dim", "decoder_depth", "norm_pix", "relax_weight"]
+    options = {name: getattr(config, name) for name in names}
     model = LOSSES[config.loss](encoder, **options).to(device)
     groups = decay_groups(model.parameters(), config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
@@ -1271,10 +1279,9 @@ def train(config):
     seed_all(config.seed, 2**32 + 1)  # 64 fixed crops and masks to measure invariance on
     index = torch.randperm(max(64, len(dataset)))[:64] % len(dataset)
     pixels, _ = next(dataset.batches([index], device, full=True))
-    images = normalize(random_crops(pixels, config.img_size, torch.rand(64, 5, device=device)))
-    views = (images, *sample_mask(64, device=device))
-    probe = (encoder, images, views[1])
-    _, at_start = measure_invariance(*probe)
+    probe = normalize(random_crops(pixels, config.img_size, torch.rand(64, 5, device=device)))
+    probe_visible, probe_hidden = sample_mask(64, device=device)
+    _, at_start = measure_invariance(encoder, probe, probe_visible)
     claim = f"masked images that find their own whole image among 64: {at_start['retrieval']:.0%}"
     if rank == 0:
         claim_folder(config, dataset, log)
@@ -1327,7 +1334,8 @@ def train(config):
                 record["loss"] = loss.item()
                 record["lr"] = lr
                 record["grad_norm"] = grad_norm.item()
-                metrics.update(measure_invariance(*probe)[1])
+                _, invariance = measure_invariance(encoder, probe, probe_visible)
+                metrics.update(invariance)
                 record.update({name: float(value) for name, value in metrics.items()})
                 log.append(record)
                 bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
@@ -1347,7 +1355,7 @@ def train(config):
         raise SystemExit(128 + received[0])
     end_processes()
     if rank == 0:
-        draw(model, *views, folder / "views.png")
+        draw(model, probe, probe_visible, probe_hidden, folder / "views.png")
         record = log[-1]
         chance = f" (chance: {record['chance_loss']:.2f})" if "chance_loss" in record else ""
         print(f"{claim}, then {record['retrieval']:.0%}")

@@ -181,8 +181,8 @@ class Column(NamedTuple):
 ACCURACY = Column("accuracy", share("accuracy"))
 RANDOM_75 = Column("75 % hidden, random", occluded("random"))
 BLOCK_75 = Column("75 % hidden, block", occluded("block"))
-RANDOM_KEPT = Column("above chance kept, random", kept("random"), decimals=0)
-BLOCK_KEPT = Column("above chance kept, block", kept("block"), decimals=0)
+RANDOM_KEPT = Column("kept, random", kept("random"), decimals=0)
+BLOCK_KEPT = Column("kept, block", kept("block"), decimals=0)
 SHAPE_BIAS = Column("shape bias", shape_bias, decimals=0)
 LINEAR = Column("linear", share("linear"))
 NEIGHBOURS = Column("k-NN", share("neighbours"))
@@ -190,7 +190,7 @@ RETRIEVAL = Column("retrieval", feature("retrieval", "random"), decimals=0)
 WORK = Column("work", lambda record: record.get("work"), compare=False)
 MINUTES = Column("minutes", lambda record: record.get("minutes", {}).get("total"), compare=False)
 
-GPU = [ACCURACY, BLOCK_75, RANDOM_75, BLOCK_KEPT, SHAPE_BIAS, LINEAR, WORK]
+GPU = [ACCURACY, RANDOM_75, BLOCK_75, BLOCK_KEPT, SHAPE_BIAS, LINEAR, WORK]
 LAPTOP = [ACCURACY, RANDOM_75, BLOCK_75, BLOCK_KEPT, RETRIEVAL, WORK]
 LONG = [ACCURACY, RANDOM_75, RANDOM_KEPT, BLOCK_75, BLOCK_KEPT]
 LONG += [SHAPE_BIAS, LINEAR, NEIGHBOURS, WORK, MINUTES]

@@ -204,11 +204,7 @@ def open_mae(folder):
     encoder = relaxmim.ViT(*size, *relaxmim.SIZES[config["model"]])
     options = {name: config[name] for name in ("decoder_dim", "decoder_depth")}
     model = relaxmim.MAE(encoder, **options)
-    if "model" in content:
-        model.load_state_dict(content["model"])
-    else:  # an earlier version
-        encoder.load_state_dict(content["encoder"])
-        model.decoder.load_state_dict(content["decoder"])
+    model.load_state_dict(content["model"])
     return model.eval(), config
 
 

@@ -610,7 +610,8 @@ def check(config, world):
         raise Mistake(f"--mask-ratio {config.mask_ratio}: must hide 2 or more of {N}, not all")
     if config.decoder_dim % 32:
         raise Mistake(f"--decoder-dim {config.decoder_dim}: must be a multiple of 32")
-    if config.norm_pix and config.patch_size == config.in_chans == 1:
+    normed = config.norm_pix and getattr(LOSSES[config.loss], "predicts", "") == "pixels"
+    if normed and config.patch_size == config.in_chans == 1:
         raise Mistake("--patch-size 1: one grey value has no deviation; add --no-norm-pix")
 
 

@@ -161,6 +161,18 @@ def test_the_decoder_is_that_of_mae_with_every_token_at_its_place():
         assert_close(decoder(tokens, visible, hidden)[b], expected, atol=1e-5, rtol=1e-5)
 
 
+def test_linear_layers_start_as_in_mae_and_those_of_the_second_decoder_as_in_pytorch():
+    model = relaxmim.RMAE(small_vit(), decoder_dim=96)
+    assert {block.attn.num_heads for block in model.decoder.decoder_blocks} == {3}
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            bound = math.sqrt(6 / (layer.in_features + layer.out_features))
+            if name.startswith("second_decoder"):
+                bound = 1 / math.sqrt(layer.in_features)
+            assert 0.9 * bound < layer.weight.abs().max() <= bound, name
+            assert layer.bias.any() == name.startswith("second_decoder"), name
+
+
 def test_drop_path_drops_whole_images_and_only_in_training():
     dropped = relaxmim.drop_path(torch.ones(200, 2, 3), 0.25, True).flatten(1)
     assert {tuple(row) for row in dropped.mul(0.75).tolist()} == {(0,) * 6, (1,) * 6}
@@ -238,6 +250,31 @@ def test_relax_loss_is_equation_5_and_each_decoder_learns_from_one_term():
     assert_close(d1.grad, 2 * (d1 - d2).detach() / 40)
     assert_close(d2.grad, 0.7 * 2 * (d2 - x).detach() / 40)
     assert_close(relaxmim.relax_loss(d1, x, x), relaxmim.mse(d1, x))  # (4) is (2) if d2 is x
+
+
+def test_features_collapse_if_the_constraint_does_not_train_the_encoder():
+    images = F.interpolate(torch.randn(64, 3, 4, 4), size=16, mode="bilinear")
+    ends = []
+    for stopped in (False, True):
+        torch.manual_seed(0)
+        model = relaxmim.RMAE(ViT(16, 4, 3, 64, 2, 2))
+        if stopped:  # d' reads sg[z2]
+            model.second_decoder.register_forward_pre_hook(lambda layer, inputs: inputs[0].detach())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        for _ in range(60):
+            loss, metrics = model(images)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        visible, _ = relaxmim.random_mask(64, (4, 4), 0.75)
+        _, measured = relaxmim.measure_invariance(model.encoder, images, visible)
+        ends.append({**metrics, **measured})
+    trained, collapsed = ends
+    assert trained["feature_std"] > 0.3 and collapsed["feature_std"] < 0.2
+    assert trained["constraint_eq3"] < 0.1 and collapsed["constraint_eq3"] > 0.15
+    # (4) is lower all the same, and says nothing of (2)
+    assert collapsed["measure_eq4"] < trained["measure_eq4"] - 0.1
+    assert collapsed["mae_eq2"] > trained["mae_eq2"] - 0.02
 
 
 @pytest.mark.parametrize("n", [2, 7, 64])
@@ -335,12 +372,13 @@ def test_invariance_and_retrieval_are_those_of_plain_loops_also_inside_autocast(
     encoder = small_vit()
     images, visible, _ = images_and_mask(40, 0.9)
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-        result = relaxmim.measure_invariance(encoder, images, visible)
+        nearest, result = relaxmim.measure_invariance(encoder, images, visible)
     whole = encoder(images)[:, 1:].mean(dim=1)
     masked = encoder(images, visible)[:, 1:].mean(dim=1)
     center = torch.cat([whole, masked]).mean(dim=0)
     cosines = torch.stack([F.cosine_similarity(x - center, whole - center) for x in masked])
-    found = sum(row.argmax() == i for i, row in enumerate(cosines)) / 40
+    assert torch.equal(nearest, cosines.argmax(dim=1))
+    found = (nearest == torch.arange(40)).float().mean().item()
     assert 0 < found < 1
     assert result["retrieval"].item() == pytest.approx(found)
     assert_close(result["invariance"], cosines.diagonal().mean(), atol=1e-5, rtol=0)
@@ -349,17 +387,19 @@ def test_invariance_and_retrieval_are_those_of_plain_loops_also_inside_autocast(
 
 def test_retrieval_is_1_of_n_if_features_collapse_and_1_if_masks_do_not_change_them():
     features = torch.randn(2500, 8)  # more than are compared at a time
-    assert relaxmim.compare_features(features, features)["retrieval"] == 1
-    shuffled = features.roll(1, 0)
-    assert relaxmim.compare_features(features, shuffled)["retrieval"] == 0
+    assert relaxmim.compare_features(features, features)[1]["retrieval"] == 1
+    shifted = features.roll(1, 0)
+    nearest, metrics = relaxmim.compare_features(features, shifted)
+    assert torch.equal(nearest, torch.arange(2500).roll(1))
+    assert metrics["retrieval"] == 0
     constant = torch.ones(64, 8)
-    collapsed = relaxmim.compare_features(constant, constant)
+    _, collapsed = relaxmim.compare_features(constant, constant)
     assert collapsed["retrieval"].item() == pytest.approx(1 / 64)
     assert collapsed["invariance"] == 0
     encoder = small_vit()
     torch.nn.init.zeros_(encoder.norm.weight)
     images, visible, _ = images_and_mask(8)
-    result = relaxmim.measure_invariance(encoder, images, visible)
+    _, result = relaxmim.measure_invariance(encoder, images, visible)
     assert result["retrieval"].item() == pytest.approx(1 / 8)
     assert result["feature_std"] == 0
     _, accuracy = relaxmim.info_nce(constant, constant, 0.2)
@@ -384,7 +424,7 @@ for name in ("mae", "relax", "infonce"):
 
 
 def test_everything_above_the_rule_runs_pasted_into_an_empty_file(tmp_path):
-    method, _ = re.split(r"\n# ---.* Data", Path(relaxmim.__file__).read_text())
+    method, _ = re.split(r"\n# ---.* Config", Path(relaxmim.__file__).read_text())
     absent = "import sys\nsys.modules |= dict.fromkeys(('torchvision', 'numpy', 'PIL', 'tqdm'))\n"
     (tmp_path / "borrowed.py").write_text(absent + method + BORROWER)
     subprocess.run([sys.executable, "borrowed.py"], cwd=tmp_path, check=True)

@@ -159,8 +159,8 @@ def open_subjects(config, ratios, device):
                 given = f"--data {config.data}: has {len(images.classes)} classes"
                 raise Mistake(f"{given}, the head of {subject.name} has {len(subject.classes)}")
             subject.classes = images.classes
-            first, *_, last = images.classes
-            print(f"{subject.name}: its classes are taken to be the folders {first} to {last}")
+            known = f"{images.classes[0]} to {images.classes[-1]}"
+            print(f"{subject.name}: its classes are taken to be the folders {known}")
         if subject.classes:
             subject.images = finetune.relabel(images, subject.classes, subject.name)
     return subjects

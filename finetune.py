@@ -107,7 +107,7 @@ def find_weights(content, path):
             break
     weights = {}
     for name, value in content.items():
-        name = name.replace("module.", "").replace("_orig_mod.", "")
+        name = str(name).replace("module.", "").replace("_orig_mod.", "")
         if isinstance(value, torch.Tensor) and not name.startswith(("decoder", "mask_token")):
             weights[name] = value.float()
     prefix = "encoder."
@@ -143,7 +143,7 @@ def load_encoder(path):
     with torch.serialization.safe_globals([argparse.Namespace]):  # MAE's training saves its options
         content = mim.load_checkpoint(path)
     content = content if isinstance(content, dict) else {}
-    ours = {"encoder", "config"} <= set(content)
+    ours = isinstance(content.get("encoder"), dict) and isinstance(content.get("config"), dict)
     weights = content["encoder"] if ours else find_weights(content, path)
     for name, value in weights.items():
         if not value.isfinite().all():
@@ -153,6 +153,8 @@ def load_encoder(path):
     missing = {"patch_embed.proj.weight", "pos_embed", "cls_token"} - set(weights)
     if missing:
         raise Mistake(f"{path}: not a vision transformer, it lacks {', '.join(sorted(missing))}")
+    if weights["patch_embed.proj.weight"].ndim != 4 or weights["pos_embed"].ndim != 3:
+        raise Mistake(f"{path}: does not cut 2-D images into patches")
     dim, in_chans, patch_size, _ = weights["patch_embed.proj.weight"].shape
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     models = {size[:2]: name for name, size in mim.SIZES.items()}

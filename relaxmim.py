@@ -15,7 +15,7 @@ Write x for an image, M for its visible patches, 1-M for its hidden ones, sg[.] 
     (5) RelaxMIM   || (d(z1) - sg[d'(z2)]) * (1-M) ||^2  +  lambda || (d'(z2) - x) * (1-M) ||^2
     (6) InfoNCE    -log( exp(q_i.k_i / tau) / sum_j exp(q_i.k_j / tau) )
 
-So T is the mask, the measure is the decoder with its loss, and f should not mind occlusion. The
+So T is the mask, the measure is the decoder with its loss, and f should ignore occlusion. The
 second term of (5) is (3) as a penalty. In (6), q_i = d(z1) and k_i = sg[z2] at hidden patch i, both
 less the batch mean at their position and of unit length; j runs over the hidden patches of the
 image. Norms are means over elements. As a target, x is normalised per patch by default.

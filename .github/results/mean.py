@@ -188,12 +188,11 @@ LINEAR = Column("linear", share("linear"))
 NEIGHBOURS = Column("k-NN", share("neighbours"))
 RETRIEVAL = Column("retrieval", feature("retrieval", "random"), decimals=0)
 WORK = Column("work", lambda record: record.get("work"), compare=False)
-MINUTES = Column("minutes", lambda record: record.get("minutes", {}).get("total"), compare=False)
 
 GPU = [ACCURACY, RANDOM_75, BLOCK_75, BLOCK_KEPT, SHAPE_BIAS, LINEAR, WORK]
 LAPTOP = [ACCURACY, RANDOM_75, BLOCK_75, BLOCK_KEPT, RETRIEVAL, WORK]
 LONG = [ACCURACY, RANDOM_75, RANDOM_KEPT, BLOCK_75, BLOCK_KEPT]
-LONG += [SHAPE_BIAS, LINEAR, NEIGHBOURS, WORK, MINUTES]
+LONG += [SHAPE_BIAS, LINEAR, NEIGHBOURS, WORK]
 
 
 def cell(values, decimals=1):

@@ -104,7 +104,7 @@ def draw_bars(data, photo):
     rows = read_rows(BARS)
     pictures = thumbnails(data, photo)
     figure = plt.figure(figsize=(9, 4.9))
-    title = "One photograph teaches as much as 50,000 images"
+    title = "One photograph did as well as 50,000 images"
     what = "ViT-Ti/4 on CIFAR-10, accuracy on the test images in %"
     figure.text(0.02, 0.925, title, size=17, weight="bold")
     figure.text(0.02, 0.868, f"{what} ({conditions(rows)})", size=11.5)
@@ -165,7 +165,7 @@ def spread_out(heights, gap):
 def draw_occlusion():
     rows = read_rows(LINES)
     figure = plt.figure(figsize=(9, 4.4))
-    title = "With a block hidden, pretrained models keep more of their accuracy"
+    title = "With a block hidden, pretrained models kept more of their accuracy"
     what = "Share of the accuracy above chance that is kept, in %"
     figure.text(0.02, 0.92, title, size=15, weight="bold")
     figure.text(0.02, 0.855, f"{what}. ViT-Ti/4 on CIFAR-10, {conditions(rows)}", size=11)
@@ -247,7 +247,7 @@ def draw_views(data, mae_run, scratch_run):
     mae, options = open_mae(mae_run)
     encoder = mae.encoder
     relaxmim.seed_all(0, 0)  # as eval_occlusion.py does
-    blank, _ = eval_occlusion.open_model(mae_run, cpu, trained=False)
+    blank, _ = eval_occlusion.open_model(scratch_run, cpu, trained=False)
     scratch, settings = eval_occlusion.open_model(scratch_run, cpu)
     if settings.get("checkpoint", "") or not scratch.classes:
         raise SystemExit(f"{scratch_run}: not a classifier trained from scratch")
@@ -273,12 +273,8 @@ def draw_views(data, mae_run, scratch_run):
         found[label] = nearest[first] == torch.arange(columns)
 
     question = f"Which of {len(images):,} whole images has the most similar features?"
-    small = (
-        f"ViT {options['model']}/{options['patch_size']}, {options['steps']} steps of pretraining"
-    )
-    small += (
-        " on CIFAR-10. In the reconstruction, hidden patches take mean and contrast from visible"
-    )
+    small = f"ViT {options['model']}/{options['patch_size']}, seed 0, {options['steps']} steps on"
+    small += " CIFAR-10. In the reconstruction, hidden patches take mean and contrast from visible"
     small += " neighbours."
     lay_out(rows, found, f"{question} Green: the right one.", small)
 

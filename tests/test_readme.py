@@ -34,7 +34,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))
 def test_every_snippet_runs(number, folder):
-    code = SNIPPETS[number]
+    code = SNIPPETS[number].replace('"--steps", "20"', '"--steps", "2"')  # two steps do
     if "checkpoint.pt" in code:
         run = ["--num-images", "1", "--steps", "1", "--batch-size", "4"]
         relaxmim.main(["--loss", "infonce", *run])

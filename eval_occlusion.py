@@ -6,12 +6,13 @@
     python eval_occlusion.py runs/finetune-A --fill swap       covered by other images' patches
     python eval_occlusion.py mae_finetuned_vit_base.pth --data DIR    a classifier of MAE or timm
 
-Every model sees the same images behind the same masks, in float32. "kept" is the share of accuracy
-above chance that is left at the highest ratio up to 75 %. Retrieval is the share of occluded images
-whose mean patch token is nearest to that of their own whole image. Written: occlusion.json, all
-figures; occlusion.png, one image, a row for each mask, a column for each ratio; and with matplotlib
-accuracy.png. A classifier from elsewhere must average the patch tokens (fc_norm); the folders of
---data, sorted, are its classes. Files are cropped to squares and resized, nothing else is cut off.
+Every model sees the same images, and models of one grid the same masks, in float32. "kept" is the
+share of accuracy above chance that is left at the highest ratio up to 75 %. Retrieval is the share
+of occluded images whose mean patch token is nearest to that of their own whole image. Written:
+occlusion.json, all figures; occlusion.png, one image, a row for each mask, a column for each ratio;
+and with matplotlib accuracy.png. A classifier from elsewhere must average the patch tokens
+(fc_norm); the folders of --data, sorted, are its classes. Files are cropped to squares and resized,
+nothing else is cut off.
 """
 
 import json
@@ -45,7 +46,7 @@ class Config:
     mask_seeds: int = option(3, "number of masks for every image", 1, 1000)
     features: bool = option(False, "measure the features of classifiers too")
     cue_conflict: str = option("", "folder of SHAPEn-TEXTUREm.png: measure shape bias")
-    data: str = option("", "a data set with labels; empty: the first checkpoint's")
+    data: str = option("", "a data set with labels; empty: that of the first run")
     num_images: int = option(2000, "size of a random subset of the test images; 0: all", 0, 1e9)
     data_dir: str = option("data", "torchvision's download directory")
     cache_gb: float = option(1.0, "GiB of memory for files; a larger set is streamed", 0, 1e6)
@@ -112,7 +113,7 @@ def open_model(path, device, trained=True):
     if trained:
         finetune.load_weights(model, weights, path)
     model = model.eval().to(device)
-    return Subject(finetune.run_name(path), model, settings["img_size"], classes), settings
+    return Subject(finetune.run_path(path).name, model, settings["img_size"], classes), settings
 
 
 def open_images(config, subjects):
@@ -129,7 +130,9 @@ def open_images(config, subjects):
             found += [] if batch is None else batch[2].tolist()
         images = images.subset(torch.tensor(found, dtype=torch.int64))
     if len(images) < 2:
-        raise Mistake(f"--data {config.data}: {len(images)} readable images; must be two or more")
+        raise Mistake(f"--data {config.data}: {len(images)} readable images; 2 or more are needed")
+    if config.fill == "swap":  # in random order, since neighbours in a folder share their class
+        images = images.sample(len(images), config.seed)
     return images
 
 
@@ -141,7 +144,7 @@ def open_subjects(config, ratios, device):
         if subject.name in [other.name for other in subjects]:
             subject.name = f"{subject.name} ({len(subjects)})"
         subjects.append(subject)
-        config.data = config.data or settings.get("data", "synthetic")
+        config.data = config.data or settings.get("data", "")
         in_chans = subject.model.in_chans
         expected = subjects[0].model.in_chans
         if in_chans != expected:
@@ -151,7 +154,9 @@ def open_subjects(config, ratios, device):
             raise Mistake(f"--ratios {ratios[-1]:g}: would hide all {N} patches of {subject.name}")
         if config.cue_conflict and (in_chans != 3 or not subject.classes):
             raise Mistake(f"--cue-conflict: {path} is not a classifier of RGB images")
+    config.data = config.data or "synthetic"
     images = open_images(config, subjects)
+    print(f"data: {images}")
     for subject in subjects:
         subject.images = images
         if subject.classes and subject.classes[0] is None:  # a classifier from elsewhere
@@ -169,7 +174,8 @@ def open_subjects(config, ratios, device):
 def draw_masks(config, subject, mask, ratio, mask_seed=0):
     """Visible (n, V) and hidden (n, K) for all images of a subject, row i for image i.
 
-    The same for all subjects of one grid. A higher ratio hides what a lower one hides, and more.
+    The same for all subjects of one grid. Of our masks, a higher ratio hides what a lower one
+    hides, and more.
     """
     mim.seed_all(config.seed, mask_seed)
     return mim.MASKS[mask](len(subject.images), subject.model.grid, ratio)
@@ -331,7 +337,7 @@ def print_retrieval(models, ratios, how):
 
 def open_cues(config, subject):
     """Images SHAPEn-TEXTUREm.png of two classes that a model knows; labels (n, 2) are those two."""
-    known = [SYNONYMS.get(name, name) for name in subject.classes]
+    known = [SYNONYMS.get(name.lower(), name.lower()) for name in subject.classes]
     names, cues = [], []
     found, _ = mim.find_images(config.cue_conflict)
     for name in found:
@@ -448,6 +454,7 @@ def evaluate(config):
     if cues:
         pairs = zip(cues, classifiers)
         result["shape_bias"] = {subject.name: shape_bias(cue, subject) for cue, subject in pairs}
+    Path(folder, "accuracy.png").unlink(missing_ok=True)  # of other models
     mim.write_text(folder / "occlusion.json", json.dumps(result, indent=2) + "\n")
 
     for mask in masks:

@@ -10,14 +10,17 @@ Test images are used once, at the end, and no setting is chosen on them. To choo
 use --validate, which holds out a tenth of the training images and reports on that.
 
 Weights of others store neither the number of heads nor, if positions were learned, the grid: heads
-are those of the --model of this width and depth, the grid is taken to be square.
+are those of the --model of this width and depth, the grid is taken to be square. Pixels are
+normalised by ImageNet's mean and deviation.
 """
 
 import argparse
 import json
 import math
+import os
 import signal
 import time
+import warnings
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -129,7 +132,7 @@ def find_side(pos_embed, path):
             if torch.allclose(pos_embed, expected, atol=0.01):
                 raise Mistake(f"{path}: has {rows} x {N // rows} patches, not a square of them")
     if N == 0 or side**2 != N:
-        raise Mistake(f"{path}: has {N} positions besides the class token, which are no square")
+        raise Mistake(f"{path}: has {N} positions besides the class token, not a square number")
     return side
 
 
@@ -149,7 +152,10 @@ def load_encoder(path):
         if not value.isfinite().all():
             raise Mistake(f"{path}: {name} holds values that are not finite")
     if ours:
-        return weights, content["config"], content.get("classes")
+        settings = content["config"]
+        if content["step"] < settings["steps"]:
+            warnings.warn(f"{path}: at step {content['step']} of {settings['steps']}", stacklevel=1)
+        return weights, settings, content.get("classes")
     missing = {"patch_embed.proj.weight", "pos_embed", "cls_token"} - set(weights)
     if missing:
         raise Mistake(f"{path}: not a vision transformer, it lacks {', '.join(sorted(missing))}")
@@ -167,10 +173,10 @@ def load_encoder(path):
     return weights, {**settings, "img_size": side * patch_size}, None
 
 
-def run_name(path):
-    """The name of a run's folder, of the checkpoint.pt in it, or of a file of weights."""
-    path = Path(path)
-    return path.parent.name if path.name == "checkpoint.pt" else path.name
+def run_path(path):
+    """The folder of a run, also if path is the checkpoint.pt in it; or a file of weights."""
+    path = Path(os.path.abspath(path))
+    return path.parent if path.name == "checkpoint.pt" else path
 
 
 def resize_positions(pos_embed, grid):
@@ -224,7 +230,7 @@ def open_train_and_test(config):
     test = None if config.validate else mim.open_data(config, train=False, labelled=True)
     images = mim.open_data(config, labelled=True)
     if len(images.classes) < 2:
-        raise Mistake(f"--data {config.data}: needs 2 classes or more, has {images.classes}")
+        raise Mistake(f"--data {config.data}: needs 2 classes or more, has {len(images.classes)}")
     if config.validate:
         images = images.sample(len(images), seed=0)  # always the same tenth
         tenth = len(images) // 10
@@ -289,7 +295,7 @@ def fill_in(config):
 
     Returns the weights of the checkpoint; None if they are not needed. Raises Mistake.
     """
-    name = run_name(config.checkpoint) if config.checkpoint else "scratch"
+    name = run_path(config.checkpoint).name if config.checkpoint else "scratch"
     kind = "probe" if config.linear_probe else "finetune"
     config.out = config.out or f"runs/{kind}-{name}-on-{Path(config.data).absolute().stem}"
     weights = None
@@ -297,7 +303,12 @@ def fill_in(config):
     if config.resume and Path(config.out, "checkpoint.pt").exists():
         _, settings, _ = load_encoder(config.out)
         before = settings.get("checkpoint", "")
-        if run_name(before) != run_name(config.checkpoint):
+        same = before == config.checkpoint
+        if before and config.checkpoint:
+            old = run_path(before)
+            new = run_path(config.checkpoint)
+            same = old.resolve() == new.resolve() if old.exists() else old.name == new.name  # moved
+        if not same:
             given = f"checkpoint {config.checkpoint}"
             raise Mistake(f"{given}: this run was started with {before or 'none'}")
     elif config.checkpoint:
@@ -339,6 +350,8 @@ def train(config):
         model.requires_grad_(False)
         model.head.requires_grad_(True)
     optimizer = torch.optim.AdamW(layer_groups(model, config), lr=config.lr, fused=True)
+    if rank == 0:
+        mim.claim_folder(config, images, log)
     if resumed:
         model.load_state_dict(resumed["encoder"])
         optimizer.load_state_dict(resumed["optimizer"])
@@ -348,18 +361,18 @@ def train(config):
     mix = v2.RandomChoice(mixes) if mixes else v2.Identity()
     reading = (config.img_size, device, config.workers)  # of the images to report on
     if rank == 0:
-        mim.claim_folder(config, images, log)
         print(f"data: {images}")
         print(f"training: {config.steps} steps of {B} images on {device}")
 
     order = islice(mim.batch_order(len(images), B, config.steps, config.seed), first, None)
     batches = images.batches((i[mine] for i in order), device, config.workers, full=True)
     bar = tqdm(batches, total=config.steps, initial=first, mininterval=2, disable=rank > 0)
-    received = []  # signals
+    received = []  # signals; some programs send SIGTERM twice
+    step = first
 
     def catch(number, frame):
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the program at once
 
     with mim.handle_signals(catch if rank == 0 else signal.SIG_IGN):  # torchrun ends the others
         for step, (pixels, labels) in enumerate(bar, first + 1):

@@ -190,6 +190,7 @@ class ViT(nn.Module):
         H, W = (img_size, img_size) if isinstance(img_size, int) else img_size
         if H % patch_size or W % patch_size:
             raise ValueError(f"patches of {patch_size} pixels do not divide images of {H} x {W}")
+        self.img_size = (H, W)
         self.grid = (H // patch_size, W // patch_size)
         self.patch_size = patch_size
         self.in_chans = in_chans
@@ -207,6 +208,8 @@ class ViT(nn.Module):
 
     def forward(self, images, visible=None):
         """images (B, C, H, W), visible (B, V); None: all -> (B, 1 + V, D), class token first."""
+        if images.shape[2:] != self.img_size:
+            raise ValueError(f"images of {tuple(images.shape[2:])}, expected {self.img_size}")
         x = self.patch_embed(images).flatten(2).mT + self.pos_embed[:, 1:]  # (B, N, D)
         if visible is not None:
             x = gather_tokens(x, visible)  # (B, V, D): the rest is dropped before the first block
@@ -386,9 +389,7 @@ class CMAE(RelaxMIM):
 
     def measure(self, images, visible, hidden):
         if len(images) < 2:
-            raise ValueError(
-                "CMAE needs 2 images or more: the centered features of one image are 0"
-            )
+            raise ValueError("CMAE needs 2 images or more: centered, one image is zero")
         z1 = self.encoder(images, visible)  # f(x*M): (B, 1 + V, D)
         q = self.decoder(z1, visible, hidden)  # d(z1): (B, K, D)
         with torch.no_grad():
@@ -534,7 +535,7 @@ class Config:
     lr: float = option(1.5e-3, "peak learning rate", 1e-12, 1e3)
     weight_decay: float = option(0.05, "weight decay, but not of biases and norms", 0, 1e3)
     seed: int = option(0, "random seed", 0, 1e9)
-    out: str = option("", "folder of the run; empty: runs/LOSS-DATA")
+    out: str = option("", "folder of the run; empty: runs/LOSS-DATA[-NUM]")
     resume: bool = option(False, "resume the run in that folder, or start it")
     save_every: int = option(500, "steps between checkpoints", 1, 1e9)
     device: str = option("auto", "auto, cpu, cuda, cuda:1 or mps")
@@ -607,7 +608,7 @@ def check(config, world):
     check_sizes(config, world)
     N = (config.img_size // config.patch_size) ** 2
     if not 2 <= round(config.mask_ratio * N) < N:
-        raise Mistake(f"--mask-ratio {config.mask_ratio}: must hide 2 or more of {N}, not all")
+        raise Mistake(f"--mask-ratio {config.mask_ratio}: must hide at least 2 of {N}, not all")
     if config.decoder_dim % 32:
         raise Mistake(f"--decoder-dim {config.decoder_dim}: must be a multiple of 32")
     normed = config.norm_pix and getattr(LOSSES[config.loss], "predicts", "") == "pixels"
@@ -833,9 +834,9 @@ def find_files(config, train, labelled):
     """
     root = Path(config.data)
     options = {"in_chans": config.in_chans, "source": config.data}
-    if root.is_file():
+    if config.data and root.is_file():
         return Images([config.data], torch.tensor([0]), [], **options)
-    if not root.is_dir():
+    if not config.data or not root.is_dir():
         allowed = f"{', '.join(DATASETS)}, a folder of images or a photograph"
         raise Mistake(f"--data {config.data}: not found; must be {allowed}")
     folder = find_split(root, train, labelled)
@@ -896,6 +897,8 @@ def read_files(images, config):
             start = len(found)
             found += batch[2].tolist()
             pixels[start : len(found)] = batch[0]
+    if not found:
+        raise Mistake(f"--data {images.source}: none of {n} images can be read")
     read = images.subset(torch.tensor(found))
     left_out = images.left_out + n - len(found)
     return replace(read, pixels=pixels[: len(found)], left_out=left_out)
@@ -1115,7 +1118,7 @@ def handle_signals(handler):
 
 @contextmanager
 def command_line():
-    """Turn a Mistake, or Ctrl-C before the first step, into one line and an exit status."""
+    """Turn a Mistake, or a signal outside the training loop, into one line and an exit status."""
 
     def interrupt(number, frame):
         raise KeyboardInterrupt(number)
@@ -1127,7 +1130,7 @@ def command_line():
         warnings.showwarning = lambda message, *_: print(message, file=sys.stderr)
         try:
             yield
-        except Mistake as error:
+        except (Mistake, PermissionError) as error:
             print(f"{name}: {error}", file=sys.stderr)
             raise SystemExit(2) from None
         except KeyboardInterrupt as error:
@@ -1186,17 +1189,20 @@ def read_run(config, outputs):
         return {}
     if not config.resume:
         hint = "add --resume to resume that run, or choose another folder"
-        raise Mistake(f"--out {folder}: has a run, or its {found[0]}; {hint}")
+        raise Mistake(f"--out {folder}: already holds a run ({found[0]}); {hint}")
     try:
         before = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
         before = {}
     if not isinstance(before, dict) or set(before) != set(asdict(config)):
-        raise Mistake(f"--out {folder}: {found[0]} is not of a run of this script and version")
+        raise Mistake(f"--out {folder}: {found[0]} was not written by this version of this script")
     for name, value in asdict(config).items():
         if name not in MAY_CHANGE and before[name] != value:
             given = f"--{name.replace('_', '-')} {value}"
             raise Mistake(f"{given}: this run was started with {before[name]}")
+    data = Path(before["data"])
+    if data.exists() and data.resolve() != Path(config.data).resolve():  # it has not moved
+        raise Mistake(f"--data {config.data}: this run was started with {data}")
     if "checkpoint.pt" not in found:
         return {}
     content = load_checkpoint(folder / "checkpoint.pt")
@@ -1293,11 +1299,12 @@ def train(config):
     order = itertools.islice(batch_order(len(dataset), B, config.steps, config.seed), first, None)
     batches = dataset.batches((i[mine] for i in order), device, config.workers, full=True)
     bar = tqdm(batches, total=config.steps, initial=first, mininterval=2, disable=rank > 0)
-    received = []  # signals
+    received = []  # signals; some programs send SIGTERM twice
+    step = first
 
     def catch(number, frame):
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the program at once
 
     with handle_signals(catch if rank == 0 else signal.SIG_IGN):  # torchrun ends the others
         for step, (pixels, _) in enumerate(bar, first + 1):

@@ -81,6 +81,13 @@ def test_patches_count_row_by_row_and_unpatchify_is_the_inverse(channels):
     assert torch.equal(relaxmim.unpatchify(patches, (4, 6), 4), images)
 
 
+@pytest.mark.parametrize("size", [(16, 8), (8, 19)])
+def test_images_of_another_size_are_refused(size):
+    encoder = relaxmim.ViT((8, 16), 4, 3, 32, 1, 2)
+    with pytest.raises(ValueError, match=r"expected \(8, 16\)"):
+        encoder(torch.zeros(1, 3, *size))
+
+
 def test_positions_have_the_layout_of_mae():
     table = relaxmim.sincos_positions((2, 3), 8)[0]
     assert not table[0].any()

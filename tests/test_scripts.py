@@ -201,6 +201,9 @@ def test_occlusion_is_the_same_twice_and_not_overwritten_unasked(runs, mistake):
         call(eval_occlusion.main, runs / "mae-phötos", *BRIEF, "--fill", fill, "--overwrite")
         found.append(read_json("runs/occlusion/occlusion.json")["features"]["random"])
     assert found[0] == found[1] != found[2]
+    Path("runs/occlusion/accuracy.png").touch()  # of classifiers that were measured before
+    call(eval_occlusion.main, runs / "mae-phötos", *BRIEF, "--overwrite")
+    assert not Path("runs/occlusion/accuracy.png").exists()
     before = Path("runs/occlusion/occlusion.json").read_bytes()
     mistake("--out runs/occlusion: .*--overwrite", eval_occlusion.main, runs / "mae-phötos")
     assert Path("runs/occlusion/occlusion.json").read_bytes() == before
@@ -230,6 +233,9 @@ def test_shape_bias_counts_the_answers_that_name_shape_and_texture(runs, mistake
     assert figures == {"images": 3, "shape": 1, "texture": 1}
     assert interval == pytest.approx([0.0945, 0.9055], abs=1e-4)  # of 1 in 2, by Wilson
     mistake("--cue-conflict none: ", eval_occlusion.main, *measure, "none", "--out", "other")
+    subject = eval_occlusion.Subject("", None, 16, ["Cat", "Dog", "Ship"])
+    cues = eval_occlusion.open_cues(eval_occlusion.Config(cue_conflict="cues"), subject)
+    assert sorted(cues.labels.tolist()) == [[0, 1], [0, 2], [2, 0]]
 
 
 @pytest.mark.parametrize("loss", ["mae", "relax", "infonce", "crop", "relax, unconstrained"])
@@ -341,7 +347,7 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bits(case, photos):
 
 
 @pytest.mark.parametrize(
-    "case", ["SIGTERM to all", "Ctrl-C to all", "a worker is killed", "the disk is full"]
+    "case", ["SIGTERM twice", "Ctrl-C to all", "a worker is killed", "the disk is full"]
 )
 def test_a_streamed_run_is_gone_within_10_seconds_when(case, photos):
     log = Path("run", "log.jsonl")
@@ -352,7 +358,9 @@ def test_a_streamed_run_is_gone_within_10_seconds_when(case, photos):
     wait_for(log, process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) == 2
-    if case == "SIGTERM to all":  # as a batch system does
+    if case == "SIGTERM twice":  # as timeout does: to the process, then to all of its group
+        os.kill(process.pid, signal.SIGTERM)
+        time.sleep(0.001)
         os.killpg(process.pid, signal.SIGTERM)
     if case == "Ctrl-C to all":
         os.killpg(process.pid, signal.SIGINT)
@@ -366,13 +374,13 @@ def test_a_streamed_run_is_gone_within_10_seconds_when(case, photos):
         wait_for_the_end_of(children)
     finally:
         process.kill()
-    ends = {"SIGTERM to all": (143, "--resume"), "the disk is full": (2, "log.jsonl.*No space")}
+    ends = {"SIGTERM twice": (143, "--resume"), "the disk is full": (2, "log.jsonl.*No space")}
     ends["Ctrl-C to all"] = (130, "--resume")
     ends["a worker is killed"] = (1, "(?i)worker.*(killed|exited)|ConnectionResetError")
     assert process.returncode == ends[case][0]
     assert re.search(ends[case][1], out + error)
     assert ("Traceback" in error) == (case == "a worker is killed")
-    if case.endswith("to all"):
+    if case in ("SIGTERM twice", "Ctrl-C to all"):
         assert 0 < load("run")["step"] == read_log("run")[-1]["step"]
 
 
@@ -429,8 +437,8 @@ def test_a_finished_run_is_extended_but_not_overwritten_or_changed(photos, mista
     tuned = ["run", "--data", photos, "--out", "tuned", *TINY]
     call(relaxmim.main, *run)
     call(finetune.main, *tuned)
-    mistake("--out run: has a run.*--resume", relaxmim.main, *run)
-    mistake("--out tuned: has a run.*--resume", finetune.main, *tuned)
+    mistake("--out run: already holds a run.*--resume", relaxmim.main, *run)
+    mistake("--out tuned: already holds a run.*--resume", finetune.main, *tuned)
     mistake("--lr 0.5.* 0.0015", relaxmim.main, *run, "--resume", "--lr", 0.5)
     mistake("--mask block.* random", relaxmim.main, *run, "--resume", "--mask", "block")
     mistake("--steps 1:.* 12", relaxmim.main, *run, "--resume", "--steps", 1)
@@ -450,6 +458,36 @@ def test_a_run_is_not_resumed_on_other_images(mistake):
     save_images("set", "cat", 1, first=20)
     mistake("--data set: not the images", relaxmim.main, *run, "--resume")
     assert load("run")["step"] == 2
+    save_images("other", "dog", 8)  # of the same names
+    mistake("--data other: .*with set", relaxmim.main, *run, "--resume", "--data", "other")
+
+
+def test_a_fine_tuning_is_not_resumed_from_other_weights_or_for_other_classes(photos, mistake):
+    tiny = ["--data", photos, *TINY]
+    tuned = [*tiny, "--out", "tuned", "--resume"]
+    for seed in (1, 2):
+        call(relaxmim.main, *tiny, "--seed", seed, "--out", f"{seed}/run")
+    call(finetune.main, "1/run", *tuned)
+    mistake("checkpoint 2/run: .*with 1/run", finetune.main, "2/run", *tuned)
+    call(finetune.main, "1/run/checkpoint.pt", *tuned)
+    for colour in COLOURS:
+        save_images(f"set/train/{colour}", colour, 2)
+        save_images(f"set/test/{colour}", colour, 2)
+    run = ["--data", "set", *TINY, "--out", "run", "--resume"]
+    call(finetune.main, *run)
+    save_images("set/train/bird", "cat", 2)
+    mistake("--data set: not the images", finetune.main, *run)
+
+
+def test_a_run_that_is_not_finished_is_used_with_a_warning(photos, capsys):
+    run = [*TINY, "--data", photos, "--steps", 10**6, "--save-every", 1, "--out", "run"]
+    command = [sys.executable, ROOT / "relaxmim.py", *run]
+    with subprocess.Popen([str(arg) for arg in command], stderr=subprocess.PIPE) as process:
+        wait_for(Path("run", "checkpoint.pt"), process)
+        process.send_signal(signal.SIGTERM)
+    step = load("run")["step"]
+    call(finetune.main, "run", "--data", photos, *TINY, "--out", "tuned")
+    assert f"run/checkpoint.pt: at step {step} of 1000000" in capsys.readouterr().err
 
 
 def test_every_step_draws_crops_and_masks_of_its_own(photos, monkeypatch):
@@ -887,7 +925,7 @@ def test_no_file_of_weights_runs_code_or_ends_in_a_traceback(mistake):
 def test_models_that_cannot_be_measured_are_refused(photos, runs, mistake):
     photo = photos / "train" / "cat" / "0.png"
     call(relaxmim.main, "--loss", "mae", "--data", photo, "--out", "one", *TINY)
-    mistake("--data .*two or more", eval_occlusion.main, "one")
+    mistake("--data .*2 or more", eval_occlusion.main, "one")
     call(relaxmim.main, "--data", photos, "--in-chans", 1, "--out", "grey", *TINY)
     mistake("grey: .*channels", eval_occlusion.main, runs / TUNED, "grey")
     mistake("--cue-conflict.*grey", eval_occlusion.main, "grey", "--cue-conflict", photos)
@@ -910,7 +948,7 @@ def test_from_python_a_mistake_is_raised_and_the_result_is_returned():
     assert result["images"] == 1000
     assert load(tuning.out)["classes"] == relaxmim.SHAPES
     assert len(set(Path(tuning.out, "images.txt").read_text().split())) == 20
-    with pytest.raises(relaxmim.Mistake, match="--out .*has a run"):
+    with pytest.raises(relaxmim.Mistake, match="--out .*already holds a run"):
         relaxmim.train(config)
 
 
@@ -1146,6 +1184,8 @@ def test_a_damaged_file_of_a_batch_is_replaced_by_others_each_with_its_own_label
         path.unlink()
     run = ["--data", "set", *TINY, "--batch-size", 2, "--cache-gb", 0, "--steps", 50]
     mistake("--data set: .*batch", relaxmim.main, *run)
+    few = ["--num-images", 2, "--seed", 1, *TINY, "--out", "few"]  # two of 12 damaged ones
+    mistake("--data set: none of 2", relaxmim.main, "--data", "set", *few)
 
 
 @pytest.mark.parametrize("loss", ["mae", "relax"])
@@ -1190,7 +1230,7 @@ def test_resume_starts_a_run_and_one_that_had_no_checkpoint_yet(module, photos, 
         Path("run", name).unlink()
     Path("run/log.jsonl").write_text(json.dumps(log[0]) + "\n")
     Path("run/checkpoint.tmp").write_text("half a ch")
-    mistake("--out run: has a run.*--resume", module.main, *run)
+    mistake("--out run: already holds a run.*--resume", module.main, *run)
     call(module.main, *run, "--resume")
     assert read_log("run") == log
     torch.testing.assert_close(load("run")["encoder"], weights, rtol=0, atol=0)
@@ -1476,6 +1516,14 @@ def test_swap_covers_an_image_by_the_next_one_and_the_last_by_the_first(monkeypa
     for i in range(5):
         assert patches[i, masks[0][i]].tolist() == [50 * i] * 8
         assert patches[i, masks[1][i]].tolist() == [50 * ((i + 1) % 5)] * 8
+
+
+def test_swap_does_not_pair_the_images_of_a_folder_with_their_class(photos):
+    subject = eval_occlusion.Subject("", relaxmim.ViT(16, 4, 3, 16, 1, 2), 16, list(COLOURS))
+    config = eval_occlusion.Config(data=str(photos), num_images=0, fill="swap")
+    labels = eval_occlusion.open_images(config, [subject]).labels
+    assert len(labels) == 18
+    assert (labels == labels.roll(-1)).sum() < 10  # in the order of the folders: 15
 
 
 def test_alike_images_have_figures_that_are_json(runs):

@@ -77,8 +77,7 @@ def check(config):
         raise Mistake(f"--cue-conflict {config.cue_conflict}: no such folder")
     found = [name for name in OUTPUTS if Path(config.out, name).exists()]
     if found and not config.overwrite:
-        hint = "add --overwrite, or choose another folder"
-        raise Mistake(f"--out {config.out}: has {found[0]}; {hint}")
+        raise Mistake(f"--out {config.out}: has {found[0]}; add --overwrite, or choose another")
     return ratios, masks
 
 
@@ -99,19 +98,16 @@ def open_model(path, device, trained=True):
     size = [settings[key] for key in ("img_size", "patch_size", "in_chans")]
     size += mim.SIZES[settings["model"]]
     if classes is None and "head.weight" in weights:
-        heads = ("head.", "fc_norm.")
         if "fc_norm.weight" in weights and "norm.weight" not in weights:
             classes = [None] * len(weights["head.weight"])
         elif trained:
             print(f"{path}: its head is left out; it does not read the mean of the patch tokens")
-        if classes is None:
-            weights = {name: value for name, value in weights.items() if not name.startswith(heads)}
     model = mim.ViT(*size)
     if classes:
         probe = "fc_norm.running_mean" in weights
         model = finetune.Classifier(*size, num_classes=len(classes), probe=probe)
     if trained:
-        finetune.load_weights(model, weights, path)
+        finetune.load_weights(model, weights, path, () if classes else ("head.", "fc_norm."))
     model = model.eval().to(device)
     return Subject(finetune.run_path(path).name, model, settings["img_size"], classes), settings
 
@@ -190,29 +186,23 @@ def cover(images, others, hidden, patch_size):
     return mim.unpatchify(patches.scatter(1, place, covering), grid, patch_size)
 
 
-def watch_blocks(model, tokens):
-    """Append to tokens, in each forward pass, the mean patch token after each block, (B, D) each.
-
-    The last one is taken after the final norm, which fine-tuned classifiers do not have. Returns
-    the hooks, to be removed.
-    """
-
-    def keep(layer, inputs, x):
-        tokens.append(x[:, 1:].mean(dim=1).cpu().double())
-
-    return [layer.register_forward_hook(keep) for layer in [*model.blocks[:-1], model.norm]]
-
-
 def observe(config, subject, hiding=None):
     """Show all images to a model, whole or with hiding: visible (n, V) and hidden (n, K).
 
     Returns logits (n, classes), None without a head; labels (n,); and the mean patch tokens after
-    each block, (n, D) each, float64, an empty list if they are not to be measured.
+    each block, (n, D) each, float64, an empty list if they are not to be measured. The last ones
+    are taken after the final norm, which fine-tuned classifiers do not have.
     """
     model = subject.model
     device = model.cls_token.device
-    tokens = []
-    hooks = watch_blocks(model, tokens) if config.features or not subject.classes else []
+    watched = config.features or not subject.classes
+    layers = [*model.blocks[:-1], model.norm] if watched else []
+    tokens = []  # of every batch, block by block
+
+    def keep(layer, inputs, x):
+        tokens.append(x[:, 1:].mean(dim=1).cpu().double())
+
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
     n = len(subject.images)
     rows = torch.arange(n).split(config.batch_size)
     longer = [torch.cat([index, (index[-1:] + 1) % n]) for index in rows]
@@ -240,14 +230,6 @@ def observe(config, subject, hiding=None):
     return torch.cat(logits) if logits else None, torch.cat(labels), blocks
 
 
-def share_kept(occluded, clean, num_classes):
-    """The share of accuracy above chance that is kept under occlusion; None if there is none."""
-    chance = 1 / num_classes
-    if clean <= chance:
-        return None
-    return (occluded - chance) / (clean - chance)
-
-
 def cka(a, b):
     """Linear centered kernel alignment of features (n, D), (n, E): 0..1 (Kornblith et al., 2019).
 
@@ -267,7 +249,7 @@ def measure(config, subject, mask, ratios, clean):
     """
     logits, labels, blocks = clean
     curve = []
-    features = {"retrieval": [], "cosine": [], "cka": []}
+    features = {"retrieval": [], "cosine": [], "cka": []} if blocks else {}
     for ratio in ratios:
         shares = []
         for mask_seed in range(config.mask_seeds if ratio > 0 else 1):
@@ -277,7 +259,7 @@ def measure(config, subject, mask, ratios, clean):
                 seen = observe(config, subject, hiding)
             if subject.classes:
                 shares.append(finetune.share_correct(seen[0], labels))
-            if mask_seed == 0:
+            if blocks and mask_seed == 0:
                 pairs = list(zip(blocks, seen[2]))
                 compared = [mim.compare_features(a, b)[1] for a, b in pairs]
                 features["retrieval"].append([pair["retrieval"].item() for pair in compared])
@@ -285,19 +267,18 @@ def measure(config, subject, mask, ratios, clean):
                 features["cka"].append([cka(a, b) for a, b in pairs])
         if shares:
             curve.append((mean(shares), stdev(shares) if len(shares) > 1 else 0.0))
-    if not blocks:
-        features = {}
     if not subject.classes:
         return {}, features
     n = len(labels)
     share = finetune.share_correct(logits, labels)
+    chance = 1 / len(subject.classes)
     at = max((i for i, ratio in enumerate(ratios) if ratio <= 0.75), default=None)
-    figures = {"images": n, "accuracy": curve, "clean": share}
+    figures = {"images": n, "accuracy": curve, "clean": share, "retention": None}
     figures["sampling_error"] = [math.sqrt(value * (1 - value) / n) for value, _ in curve]
-    figures["retention"] = None
     if at is not None:
         figures["retention_ratio"] = ratios[at]
-        figures["retention"] = share_kept(curve[at][0], share, len(subject.classes))
+    if at is not None and share > chance:  # of the accuracy above chance, if there is any
+        figures["retention"] = (curve[at][0] - chance) / (share - chance)
     return figures, features
 
 
@@ -363,9 +344,8 @@ def shape_bias(cues, subject):
     """How many answers name the shape, how many the texture (Geirhos et al., 2019)."""
     device = subject.model.cls_token.device
     logits, labels = finetune.outputs(subject.model, cues, subject.img_size, device)
-    answers = logits.argmax(dim=1)
-    shape = (answers == labels[:, 0]).sum().item()
-    texture = (answers == labels[:, 1]).sum().item()
+    answers = logits.argmax(dim=1, keepdim=True)  # (n, 1)
+    shape, texture = (answers == labels).sum(dim=0).tolist()
     figures = {"images": len(labels), "shape": shape, "texture": texture}
     return {**figures, "interval": wilson_interval(shape, shape + texture)}
 

@@ -18,11 +18,9 @@ import argparse
 import json
 import math
 import os
-import signal
 import time
 import warnings
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -35,7 +33,6 @@ import relaxmim as mim
 from relaxmim import Mistake, option
 
 SCRATCH = {"model": "nano", "patch_size": 4, "img_size": 32, "in_chans": 3}
-OUTPUTS = ("config.json", "images.txt", "log.jsonl", "checkpoint.pt", "result.json")
 
 
 @dataclass
@@ -113,10 +110,9 @@ def find_weights(content, path):
         name = str(name).replace("module.", "").replace("_orig_mod.", "")
         if isinstance(value, torch.Tensor) and not name.startswith(("decoder", "mask_token")):
             weights[name] = value.float()
-    prefix = "encoder."
-    if any(name.startswith(prefix) for name in weights):  # of a whole model, as in README's loop
-        weights = {k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)}
-    return weights
+    prefix = "encoder."  # in a whole model, as in README's loop
+    encoder = {k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)}
+    return encoder or weights
 
 
 def find_side(pos_embed, path):
@@ -219,8 +215,7 @@ def relabel(images, classes, owner):
     """The same images with labels that index into classes, by name. Raises Mistake."""
     for name in images.classes:
         if name not in classes:
-            known = ", ".join(classes[:10])
-            raise Mistake(f"--data: {owner} has no class {name}; it has {known}")
+            raise Mistake(f"--data: {owner} has no class {name}; it has {', '.join(classes[:10])}")
     table = torch.tensor([classes.index(name) for name in images.classes])
     return replace(images, labels=table[images.labels], classes=classes)
 
@@ -309,8 +304,7 @@ def fill_in(config):
             new = run_path(config.checkpoint)
             same = old.resolve() == new.resolve() if old.exists() else old.name == new.name  # moved
         if not same:
-            given = f"checkpoint {config.checkpoint}"
-            raise Mistake(f"{given}: this run was started with {before or 'none'}")
+            raise Mistake(f"checkpoint {config.checkpoint}: the run began with {before or 'none'}")
     elif config.checkpoint:
         weights, settings, _ = load_encoder(config.checkpoint)
     for key in SCRATCH:
@@ -330,7 +324,7 @@ def train(config):
         raise Mistake("--linear-probe: needs a checkpoint, whose encoder it freezes")
     folder = Path(config.out)
     B = config.batch_size
-    resumed = mim.read_run(config, OUTPUTS)
+    resumed = mim.read_run(config)
     first = resumed.get("step", 0)
     log = resumed.get("log", [])
     minutes_before = resumed.get("minutes", 0.0)
@@ -341,17 +335,18 @@ def train(config):
     num_classes = len(images.classes)
     size = (config.img_size, config.patch_size, config.in_chans, *mim.SIZES[config.model])
     options = {"probe": config.linear_probe, "drop_path": config.drop_path}
-    model = Classifier(*size, num_classes=num_classes, **options)
+    model = Classifier(*size, num_classes=num_classes, **options).to(device)
     if weights:
         new = ("head.", "fc_norm.") if config.linear_probe else ("head.", "fc_norm.", "norm.")
         load_weights(model, weights, config.checkpoint, new)
-    model = model.to(device)
     if config.linear_probe:
         model.requires_grad_(False)
         model.head.requires_grad_(True)
     optimizer = torch.optim.AdamW(layer_groups(model, config), lr=config.lr, fused=True)
     if rank == 0:
         mim.claim_folder(config, images, log)
+        print(f"data: {images}")
+        print(f"training: {config.steps} steps of {B} images on {device}")
     if resumed:
         model.load_state_dict(resumed["encoder"])
         optimizer.load_state_dict(resumed["optimizer"])
@@ -360,21 +355,11 @@ def train(config):
     mixes = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha > 0]
     mix = v2.RandomChoice(mixes) if mixes else v2.Identity()
     reading = (config.img_size, device, config.workers)  # of the images to report on
-    if rank == 0:
-        print(f"data: {images}")
-        print(f"training: {config.steps} steps of {B} images on {device}")
 
-    order = islice(mim.batch_order(len(images), B, config.steps, config.seed), first, None)
+    order = mim.batch_order(len(images), B, config.steps, config.seed, first)
     batches = images.batches((i[mine] for i in order), device, config.workers, full=True)
     bar = tqdm(batches, total=config.steps, initial=first, mininterval=2, disable=rank > 0)
-    received = []  # signals; some programs send SIGTERM twice
-    step = first
-
-    def catch(number, frame):
-        received.append(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the program at once
-
-    with mim.handle_signals(catch if rank == 0 else signal.SIG_IGN):  # torchrun ends the others
+    with mim.catch_signals(rank) as received:
         for step, (pixels, labels) in enumerate(bar, first + 1):
             mim.seed_all(config.seed, step)  # everything random is a function of the step
             model.train()
@@ -417,12 +402,9 @@ def train(config):
                 content["encoder"] = model.state_dict()
                 content["optimizer"] = optimizer.state_dict()
                 mim.save_checkpoint(folder, content)
-            if stopped:
-                break
-    bar.close()
-    if received and step < config.steps:
-        print(f"stopped after step {step}; add --resume to the command to resume the run")
-        raise SystemExit(128 + received[0])
+            if stopped and step < config.steps:
+                bar.write(f"stopped after step {step}; to resume, add --resume to the command")
+                raise SystemExit(128 + received[0])
     mim.end_processes()
     result = {}
     if rank == 0:

@@ -463,7 +463,6 @@ def measure_invariance(encoder, images, visible):
 
 import argparse
 import io
-import itertools
 import json
 import os
 import signal
@@ -595,8 +594,7 @@ def check_values(config):
 def check_sizes(config, world):
     """Raise Mistake for patches or batches that do not divide evenly. world: processes."""
     if config.img_size % config.patch_size:
-        given = f"--patch-size {config.patch_size}"
-        raise Mistake(f"{given}: must divide --img-size {config.img_size}")
+        raise Mistake(f"--patch-size {config.patch_size}: must divide --img-size {config.img_size}")
     B = config.batch_size
     if B % world or B < 2 * world:
         raise Mistake(f"--batch-size {B}: must be a multiple of {world}, at least {2 * world}")
@@ -832,15 +830,12 @@ def find_files(config, train, labelled):
 
     labelled: the class is the folder directly below train or test, whatever lies below that.
     """
-    root = Path(config.data)
-    options = {"in_chans": config.in_chans, "source": config.data}
-    if config.data and root.is_file():
-        return Images([config.data], torch.tensor([0]), [], **options)
-    if not config.data or not root.is_dir():
+    if os.path.isfile(config.data):
+        return Images([config.data], torch.tensor([0]), [], source=config.data)
+    if not os.path.isdir(config.data):
         allowed = f"{', '.join(DATASETS)}, a folder of images or a photograph"
         raise Mistake(f"--data {config.data}: not found; must be {allowed}")
-    folder = find_split(root, train, labelled)
-    options["source"] = str(folder)
+    folder = find_split(Path(config.data), train, labelled)
     parts = [folder]
     left_out = 0
     if labelled:
@@ -859,19 +854,15 @@ def find_files(config, train, labelled):
     if not parts:
         raise Mistake(f"--data {config.data}: {folder} has no folder for each class")
     classes = [path.name for path in parts] if labelled else []
-    return Images(names, torch.tensor(labels), classes, left_out=left_out, **options)
+    return Images(names, torch.tensor(labels), classes, source=str(folder), left_out=left_out)
 
 
-def stored_side(images, img_size):
-    """Side of the stored squares: one to two crops, judged by the first file that can be read.
-
-    Raises Mistake if none can.
-    """
+def first_image(images):
+    """Pixels (C, H, W) of the first file that can be read. Raises Mistake if none can."""
     for name in images.names:
         pixels = read_image(name, images.in_chans)
         if pixels is not None:
-            shorter = min(pixels.shape[1:])
-            return min(max(shorter, img_size), 2 * img_size)
+            return pixels
     raise Mistake(f"--data {images.source}: none of {len(images)} images can be read")
 
 
@@ -882,9 +873,7 @@ def read_files(images, config):
     """
     n = len(images)
     if n == 1:
-        pixels = read_image(images.names[0], config.in_chans)
-        if pixels is None:
-            raise Mistake(f"--data {images.source}: {images.names[0]} cannot be read")
+        pixels = first_image(images)
         side = min(*pixels.shape[1:], 16 * config.img_size)
         return replace(images, pixels=tv.resize(pixels[None], [side]))
     shape = (n, images.in_chans, images.side, images.side)
@@ -933,7 +922,9 @@ def open_data(config, train=True, labelled=False, count=0):
         images = open_cifar(config, train)
     else:
         images = find_files(config, train, labelled)
-        images.side = stored_side(images, config.img_size)
+        images.in_chans = config.in_chans
+        shorter = min(first_image(images).shape[1:])
+        images.side = min(max(shorter, config.img_size), 2 * config.img_size)  # one to two crops
     images = images.sample(count, config.seed)
     images.classes = images.classes if labelled else []
     if images.side:
@@ -998,23 +989,24 @@ def jitter_colors(images, u):
     return (grey + (images - grey) * factor).clamp(0, 255)
 
 
-def batch_order(n, batch_size, steps, seed):
-    """Yield the indices (batch_size,) of each step's images; every epoch is a permutation of n."""
+def batch_order(n, batch_size, steps, seed, first=0):
+    """Yield indices (batch_size,) for each step after first; every epoch is a permutation of n."""
     generator = torch.Generator().manual_seed(seed)
     waiting = torch.zeros(0, dtype=torch.int64)
-    for _ in range(steps):
+    for step in range(steps):
         if len(waiting) < batch_size:
             count = math.ceil(batch_size / n)
             epochs = [torch.randperm(n, generator=generator) for _ in range(count)]
             waiting = torch.cat([waiting, *epochs])
-        yield waiting[:batch_size]
+        if step >= first:
+            yield waiting[:batch_size]
         waiting = waiting[batch_size:]
 
 
 # ------------------------------------------------------------------------------------ Training
 
 LOG_EVERY = 20
-OUTPUTS = ("config.json", "images.txt", "log.jsonl", "checkpoint.pt", "views.png")
+OUTPUTS = ("config.json", "images.txt", "log.jsonl", "checkpoint.pt", "views.png", "result.json")
 MAY_CHANGE = ("data", "data_dir", "cache_gb", "workers", "steps", "out", "resume", "save_every")
 MAY_CHANGE += ("device", "compile", "checkpoint")  # checkpoint: of finetune.py
 
@@ -1053,8 +1045,7 @@ def launched_processes():
     if not wrong and int(os.environ["RANK"]) >= int(world):
         wrong.append("RANK")
     if wrong:
-        given = f"WORLD_SIZE={world}: {', '.join(wrong)}"
-        raise Mistake(f"{given} not as torchrun sets it; unset WORLD_SIZE")
+        raise Mistake(f"WORLD_SIZE={world}: {', '.join(wrong)} not as torchrun sets it; unset it")
     return int(os.environ["RANK"]), int(world)
 
 
@@ -1117,6 +1108,19 @@ def handle_signals(handler):
 
 
 @contextmanager
+def catch_signals(rank):
+    """Yield a list that Ctrl-C and SIGTERM are appended to, so that a step can end and be saved."""
+    received = []
+
+    def catch(number, frame):
+        received.append(number)  # some programs send SIGTERM twice
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the program at once
+
+    with handle_signals(catch if rank == 0 else signal.SIG_IGN):  # torchrun ends the others
+        yield received
+
+
+@contextmanager
 def command_line():
     """Turn a Mistake, or a signal outside the training loop, into one line and an exit status."""
 
@@ -1176,13 +1180,10 @@ def load_checkpoint(path):
         raise Mistake(f"{path}: cannot be loaded ({reason})") from None
 
 
-def read_run(config, outputs):
-    """The checkpoint of the run to resume; {} if there is none yet. Raises Mistake.
-
-    outputs: files that a run writes. A folder that holds one of them is taken.
-    """
+def read_run(config):
+    """The checkpoint of the run to resume; {} if there is none yet. Raises Mistake."""
     folder = Path(config.out)
-    found = [name for name in outputs if (folder / name).exists()]
+    found = [name for name in OUTPUTS if (folder / name).exists()]
     if config.data not in DATASETS and folder.resolve() == Path(config.data).resolve():
         raise Mistake(f"--out {folder}: is the folder of --data; choose another one")
     if not found:
@@ -1198,11 +1199,10 @@ def read_run(config, outputs):
         raise Mistake(f"--out {folder}: {found[0]} was not written by this version of this script")
     for name, value in asdict(config).items():
         if name not in MAY_CHANGE and before[name] != value:
-            given = f"--{name.replace('_', '-')} {value}"
-            raise Mistake(f"{given}: this run was started with {before[name]}")
+            raise Mistake(f"--{name.replace('_', '-')} {value}: the run began with {before[name]}")
     data = Path(before["data"])
     if data.exists() and data.resolve() != Path(config.data).resolve():  # it has not moved
-        raise Mistake(f"--data {config.data}: this run was started with {data}")
+        raise Mistake(f"--data {config.data}: the run began with {data}")
     if "checkpoint.pt" not in found:
         return {}
     content = load_checkpoint(folder / "checkpoint.pt")
@@ -1262,7 +1262,7 @@ def train(config):
     config.out = config.out or f"runs/{config.loss}-{Path(config.data).absolute().stem}{suffix}"
     folder = Path(config.out)
     B = config.batch_size
-    resumed = read_run(config, OUTPUTS)
+    resumed = read_run(config)
     first = resumed.get("step", 0)
     log = resumed.get("log", [])
     device, autocast = pick_device(config, world)
@@ -1296,17 +1296,10 @@ def train(config):
         print(f"training: {config.steps} steps of {B} images on {device}")
         print(claim)
 
-    order = itertools.islice(batch_order(len(dataset), B, config.steps, config.seed), first, None)
+    order = batch_order(len(dataset), B, config.steps, config.seed, first)
     batches = dataset.batches((i[mine] for i in order), device, config.workers, full=True)
     bar = tqdm(batches, total=config.steps, initial=first, mininterval=2, disable=rank > 0)
-    received = []  # signals; some programs send SIGTERM twice
-    step = first
-
-    def catch(number, frame):
-        received.append(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the program at once
-
-    with handle_signals(catch if rank == 0 else signal.SIG_IGN):  # torchrun ends the others
+    with catch_signals(rank) as received:
         for step, (pixels, _) in enumerate(bar, first + 1):
             seed_all(config.seed, step)  # everything random in a step is a function of its number
             lr = learning_rate(step - 1, config)
@@ -1355,12 +1348,9 @@ def train(config):
                 content["model"] = model.state_dict()  # the encoder too, and all beside it
                 content["optimizer"] = optimizer.state_dict()
                 save_checkpoint(folder, content)
-            if stopped:
-                break
-    bar.close()
-    if received and step < config.steps:
-        print(f"stopped after step {step}; add --resume to the command to resume the run")
-        raise SystemExit(128 + received[0])
+            if stopped and step < config.steps:
+                bar.write(f"stopped after step {step}; to resume, add --resume to the command")
+                raise SystemExit(128 + received[0])
     end_processes()
     if rank == 0:
         draw(model, probe, probe_visible, probe_hidden, folder / "views.png")

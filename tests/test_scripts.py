@@ -379,7 +379,8 @@ def test_a_streamed_run_is_gone_within_10_seconds_when(case, photos):
     ends["a worker is killed"] = (1, "(?i)worker.*(killed|exited)|ConnectionResetError")
     assert process.returncode == ends[case][0]
     assert re.search(ends[case][1], out + error)
-    assert ("Traceback" in error) == (case == "a worker is killed")
+    if case != "a worker is killed":  # torch's fault has a traceback, if it can be printed
+        assert "Traceback" not in error
     if case in ("SIGTERM twice", "Ctrl-C to all"):
         assert 0 < load("run")["step"] == read_log("run")[-1]["step"]
 

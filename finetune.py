@@ -302,7 +302,9 @@ def fill_in(config):
         if before and config.checkpoint:
             old = run_path(before)
             new = run_path(config.checkpoint)
-            same = old.resolve() == new.resolve() if old.exists() else old.name == new.name  # moved
+            same = old.name == new.name
+            if old.exists():  # it has not moved
+                same = old.resolve() == new.resolve()
         if not same:
             raise Mistake(f"checkpoint {config.checkpoint}: the run began with {before or 'none'}")
     elif config.checkpoint:

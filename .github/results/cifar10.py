@@ -7,8 +7,9 @@
     python .github/results/cifar10.py tiny DATA PHOTO CUES      two steps of each, to try the script
     python .github/results/cifar10.py work                      count the work of every row
 
-On two CPU cores a row of `laptop` takes 8 to 14 minutes with one thread, and about 3 to measure it:
-four hours for all rows and three seeds, estimated. On one H200 the rows of `gpu` take 8 minutes.
+On two CPU cores a row of `laptop` takes 8 to 16 minutes with one thread, measuring included, relax
+and crop 20 to 28: about four hours for all rows and three seeds. On one H200 the rows of `gpu` take
+9 minutes.
 DATA: CIFAR-10 as a folder of train/CLASS and test/CLASS, or "cifar10". PHOTO: one photograph. CUES:
 a folder of cue-conflict images (Geirhos et al., 2019). Before sharing a GPU, start
 `nvidia-cuda-mps-control -d`: it is faster.
